@@ -1,0 +1,36 @@
+# Each target works from a fresh clone: it makes .venv and installs what it needs.
+
+PYTHON ?= python3
+PY := .venv/bin/python
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint
+
+demo: .venv/runtime        ## all five stages on a CPU, offline, then a conversation
+	$(PY) generate_sft_v3.py --categories greetings,identity,math \
+		--out data/tiny/conversations.jsonl --pairs data/tiny/pairs.jsonl
+	$(PY) prepare_sft_data.py --recipe tiny
+	$(PY) train_pretrain.py --recipe tiny --fresh
+	$(PY) train_pretrain.py --recipe tiny --stage anneal --fresh
+	$(PY) train_chat_pretrain.py --recipe tiny --fresh
+	$(PY) train_sft.py --recipe tiny --fresh
+	$(PY) train_dpo.py --recipe tiny --fresh
+	$(PY) chat.py --recipe tiny
+
+test: .venv/dev            ## the whole test suite; no network, no GPU
+	$(PY) -m pytest -n 2
+
+lint: .venv/dev            ## style, formatting, types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+.venv/runtime: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -q -r requirements.txt
+	touch $@
+
+.venv/dev: requirements-dev.txt requirements.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -q -r requirements-dev.txt
+	touch $@ .venv/runtime

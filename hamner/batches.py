@@ -1,0 +1,317 @@
+"""Documents to batches: the weighted mix of token streams, and packed conversations.
+
+Every batch carries the data position after it. Training that starts again from the position in a
+checkpoint gets the very batches that an uninterrupted run would have got.
+"""
+
+from __future__ import annotations
+
+import bisect
+import queue
+import random
+import threading
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hamner.sources import DocumentStream
+from hamner.tokenization import Tokenizer
+from model import IGNORE_INDEX
+
+MicroBatch = dict[str, Tensor]
+State = dict[str, Any]
+READ_AHEAD = 32  # documents tokenised together
+OPEN_ROWS = 64  # rows that packing keeps open at once
+
+
+@dataclass
+class Batch:
+    """All that one optimizer step sees."""
+
+    micro_batches: list[MicroBatch]
+    weight: float  # what the summed loss is divided by: labelled tokens, or pairs
+    tokens: int  # tokens the model reads, padding not counted
+    state: State  # the data position after this batch
+    epoch: float = 0.0
+
+
+# ------------------------------------------------------------------------------ token streams
+
+
+class TokenStream:
+    """The tokens of a source's documents, one document after the other.
+
+    `state` says where the next token stands: the position of its document, and how many of the
+    document's tokens are gone already.
+    """
+
+    def __init__(self, documents: DocumentStream, tokenizer: Tokenizer, state: State | None = None):
+        if state is not None:
+            documents.state = state["documents"]
+        self._documents = documents
+        self._iterator = iter(documents)
+        self._tokenizer = tokenizer
+        self._ahead: deque[tuple[State, np.ndarray]] = deque()  # document positions and tokens
+        self._token = state["token"] if state is not None else 0
+        self._read_ahead(1)
+
+    @property
+    def state(self) -> State:
+        return {"documents": self._ahead[0][0], "token": self._token}
+
+    def take(self, count: int) -> np.ndarray:
+        """The next `count` tokens (count,), int64."""
+        parts, missing = [], count
+        while missing:
+            part = self._ahead[0][1][self._token : self._token + missing]
+            parts.append(part)
+            missing -= len(part)
+            self._token += len(part)
+            if self._token >= len(self._ahead[0][1]):
+                self._ahead.popleft()
+                self._token = 0
+                if not self._ahead:
+                    self._read_ahead(READ_AHEAD)
+        return np.concatenate(parts)
+
+    def _read_ahead(self, count: int) -> None:
+        positions, documents = [], []
+        for _ in range(count):
+            document = next(self._iterator)
+            # The iterator has just moved past the document: its own position is one before.
+            after = self._documents.state
+            positions.append({**after, "document": after["document"] - 1})
+            documents.append(document)
+        for position, ids in zip(positions, self._tokenizer.documents(documents), strict=True):
+            self._ahead.append((position, np.asarray(ids, dtype=np.int64)))
+
+
+class MixedBatches:
+    """Batches of full sequences, each sequence from one source, sources mixed by weight.
+
+    The source of a sequence is the one that has fallen furthest behind its weight, so that after
+    any number of sequences each source's share is exact to within one sequence.
+    """
+
+    def __init__(
+        self,
+        streams: Mapping[str, TokenStream],
+        weights: Mapping[str, float],
+        *,
+        sequence_length: int,
+        sequences_per_step: int,
+        micro_batch: int,
+        drawn: Mapping[str, int] | None = None,
+    ):
+        self.streams = dict(streams)
+        self.weights = dict(weights)
+        self.sequence_length = sequence_length
+        self.sequences_per_step = sequences_per_step
+        self.micro_batch = micro_batch
+        self.drawn = {name: (drawn or {}).get(name, 0) for name in self.streams}
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            rows = np.stack([self._sequence() for _ in range(self.sequences_per_step)])
+            input_ids = torch.from_numpy(rows)
+            yield Batch(
+                micro_batches=[{"input_ids": ids} for ids in input_ids.split(self.micro_batch)],
+                weight=len(rows) * (self.sequence_length - 1),
+                tokens=rows.size,
+                state=self.state,
+            )
+
+    @property
+    def state(self) -> State:
+        streams = {name: stream.state for name, stream in self.streams.items()}
+        return {"sources": streams, "drawn": dict(self.drawn)}
+
+    def _sequence(self) -> np.ndarray:
+        total = sum(self.drawn.values()) + 1
+        name = max(self.weights, key=lambda name: self.weights[name] * total - self.drawn[name])
+        self.drawn[name] += 1
+        return self.streams[name].take(self.sequence_length)
+
+
+def held_out_sequences(
+    documents: DocumentStream, tokenizer: Tokenizer, sequence_length: int, count: int
+) -> Tensor:
+    """Up to `count` sequences (N, T) from the held-out documents of a stream's first epoch."""
+    tokens: list[int] = []
+    for document in documents.in_order():
+        tokens += tokenizer.document(document)
+        if len(tokens) >= count * sequence_length:
+            break
+    rows = min(count, len(tokens) // sequence_length)
+    return torch.tensor(tokens[: rows * sequence_length]).view(rows, sequence_length)
+
+
+# ------------------------------------------------------------------------------ packing
+
+
+@dataclass
+class Example:
+    """A tokenised conversation with its labels, -100 where no loss is wanted."""
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def make_example(input_ids: Sequence[int], labels: Sequence[int]) -> Example:
+    return Example(np.asarray(input_ids, np.int32), np.asarray(labels, np.int32))
+
+
+def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+    """Put items into rows of at most `row_length`: best fit among the open rows, in given order.
+
+    Returns the item numbers of each row; every item is in exactly one.
+    """
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free space, row number) of the open rows, sorted
+    for item, length in enumerate(lengths):
+        if not 0 < length <= row_length:
+            raise ValueError(f"item {item} has length {length}; rows hold 1 to {row_length}")
+        place = bisect.bisect_left(room, (length, -1))
+        if place < len(room):
+            free, row = room.pop(place)
+        else:
+            free, row = row_length, len(rows)
+            rows.append([])
+        rows[row].append(item)
+        if free > length:
+            bisect.insort(room, (free - length, row))
+        if len(room) > OPEN_ROWS:
+            del room[0]  # the fullest
+    return rows
+
+
+def packed_tensors(
+    rows: Sequence[Sequence[Example]], row_length: int, padding: int = 0
+) -> MicroBatch:
+    """Rows of examples -> input_ids, labels and sequence_ids, each (rows, row_length) int64.
+
+    sequence_ids count 0, 1, 2 ... through a row; the padding at its end is a sequence of its own,
+    without labels.
+    """
+    shape = (len(rows), row_length)
+    input_ids = torch.full(shape, padding)
+    labels = torch.full(shape, IGNORE_INDEX)
+    sequence_ids = torch.full(shape, -1)
+    for r, row in enumerate(rows):
+        start = 0
+        for number, example in enumerate(row):
+            end = start + len(example)
+            input_ids[r, start:end] = torch.from_numpy(example.input_ids)
+            labels[r, start:end] = torch.from_numpy(example.labels)
+            sequence_ids[r, start:end] = number
+            start = end
+    return {"input_ids": input_ids, "labels": labels, "sequence_ids": sequence_ids}
+
+
+class PackedBatches:
+    """Epochs over examples, packed into rows; each example comes `repeats` times an epoch.
+
+    Order and packing of an epoch follow from the seed and the epoch alone, so the position is a
+    single number: how many rows have been handed out since the beginning.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        repeats: Sequence[int],
+        *,
+        epochs: int,
+        row_length: int,
+        rows_per_step: int,
+        micro_batch: int,
+        seed: int,
+        state: State | None = None,
+    ):
+        self.examples = examples
+        self.row_length = row_length
+        self.rows_per_step = rows_per_step
+        self.micro_batch = micro_batch
+        self.plan: list[tuple[float, list[int]]] = []  # epoch and example numbers of every row
+        for epoch in range(epochs):
+            rows = self._epoch_rows(repeats, f"{seed}/epoch/{epoch}")
+            self.plan += [(epoch + (i + 1) / len(rows), row) for i, row in enumerate(rows)]
+        self.row = state["row"] if state is not None else 0
+
+    @property
+    def steps(self) -> int:
+        return -(-len(self.plan) // self.rows_per_step)
+
+    def _epoch_rows(self, repeats: Sequence[int], key: str) -> list[list[int]]:
+        rng = random.Random(key)
+        order = [i for i, times in enumerate(repeats) for _ in range(times)]
+        rng.shuffle(order)
+        packed = pack([len(self.examples[i]) for i in order], self.row_length)
+        rng.shuffle(packed)
+        return [[order[place] for place in row] for row in packed]
+
+    def __iter__(self) -> Iterator[Batch]:
+        while self.row < len(self.plan):
+            planned = self.plan[self.row : self.row + self.rows_per_step]
+            rows = [[self.examples[i] for i in row] for _, row in planned]
+            self.row += len(rows)
+            state = {"row": self.row}
+            yield packed_batch(rows, self.row_length, self.micro_batch, state, planned[-1][0])
+
+
+def packed_batch(
+    rows: Sequence[Sequence[Example]],
+    row_length: int,
+    micro_batch: int,
+    state: State,
+    epoch: float = 0.0,
+) -> Batch:
+    """One step's rows as micro-batches, weighted by the labelled tokens of all of them."""
+    starts = range(0, len(rows), micro_batch)
+    micro_batches = [packed_tensors(rows[i : i + micro_batch], row_length) for i in starts]
+    labelled = sum(int((micro["labels"] != IGNORE_INDEX).sum()) for micro in micro_batches)
+    tokens = sum(len(example) for row in rows for example in row)
+    return Batch(micro_batches, labelled, tokens, state, epoch)
+
+
+# ------------------------------------------------------------------------------ prefetching
+
+
+def prefetched(batches: Iterator[Batch], depth: int = 4) -> Generator[Batch, None, None]:
+    """The same batches, made by a background thread up to `depth` ahead of their use."""
+    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
+    stopped = threading.Event()
+
+    def put(item: Batch | BaseException | None) -> bool:
+        while not stopped.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def produce() -> None:
+        try:
+            for batch in batches:
+                if not put(batch):
+                    return
+            put(None)
+        except BaseException as error:  # handed over to the consumer, whatever it is
+            put(error)
+
+    threading.Thread(target=produce, daemon=True, name="prefetch").start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()

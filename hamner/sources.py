@@ -1,0 +1,424 @@
+"""Where documents come from: hub streams, local files, generators, the installed packages.
+
+A source yields documents one after another, each with the position after it; a position is plain
+data, and a source opened at it goes on exactly there. `DocumentStream` makes of it what training
+wants: filtered, split, shuffled in blocks, epoch after epoch, with a state of a few numbers.
+
+A document is a text, or a conversation (a list of {"role", "content"} messages).
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import glob
+import hashlib
+import importlib
+import json
+import random
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hamner.errors import UserError
+from hamner.recipe import (
+    AnySource,
+    FileSource,
+    GeneratorSource,
+    HubSource,
+    PackagesSource,
+    Recipe,
+    SourcePart,
+)
+
+Row = dict[str, Any]
+Document = str | list[dict[str, str]]
+Position = Any  # plain data: what JSON can hold
+PIECE = 4_000  # characters: about so long are the documents that a .txt file is cut into
+
+
+class Source(Protocol):
+    def rows(self, epoch: int, position: Position) -> Iterator[tuple[Row, Position]]:
+        """Rows of one epoch from a position on (None: the beginning), each with the next position.
+
+        The same epoch gives the same rows in the same order, always.
+        """
+
+
+# ------------------------------------------------------------------------------- local files
+
+
+@dataclass
+class Files:
+    """Parquet, JSON lines and text files, also compressed (.gz .bz2 .zst .lz4), as globs."""
+
+    name: str
+    spec: FileSource
+    data_dir: str
+    seed: int
+
+    def paths(self) -> list[Path]:
+        found: set[str] = set()
+        for pattern in self.spec.paths:
+            matches = glob.glob(str(Path(self.data_dir, pattern)), recursive=True)
+            if not matches:
+                raise UserError(
+                    f"source {self.name!r}: no file matches {Path(self.data_dir, pattern)}; "
+                    "put it there, or say where your data lies with --set data_dir=FOLDER"
+                )
+            found.update(matches)
+        return [Path(path) for path in sorted(found)]
+
+    def rows(self, epoch: int, position: Position) -> Iterator[tuple[Row, Position]]:
+        paths = self.paths()
+        random.Random(f"{self.seed}/{self.name}/files/{epoch}").shuffle(paths)
+        number, skip = position or (0, 0)
+        for index in range(number, len(paths)):
+            for row_number, row in read_file(paths[index], skip):
+                yield row, [index, row_number + 1]
+            skip = 0
+
+
+def read_file(path: Path, skip: int = 0) -> Iterator[tuple[int, Row]]:
+    """Rows of a file with their numbers, from row `skip` on.
+
+    Raises:
+        UserError: a file that can't be read as what its ending says, with the line where known.
+    """
+    ending = "".join(path.suffixes[-2:] if path.suffix in COMPRESSED else path.suffixes[-1:])
+    reader = READERS.get(ending.split(".")[1] if "." in ending else "")
+    if reader is None:
+        raise UserError(f"{path}: can't read this kind of file; known are {', '.join(READERS)}")
+    try:
+        yield from reader(path, skip)
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: can't be read as {ending}: {error}") from None
+
+
+def _parquet_rows(path: Path, skip: int) -> Iterator[tuple[int, Row]]:
+    with pq.ParquetFile(path) as file:
+        first = 0
+        for group in range(file.num_row_groups):
+            size = file.metadata.row_group(group).num_rows
+            if first + size > skip:
+                number = first
+                for batch in file.iter_batches(batch_size=256, row_groups=[group]):
+                    if number + len(batch) > skip:
+                        for offset, row in enumerate(batch.to_pylist()):
+                            if number + offset >= skip:
+                                yield number + offset, row
+                    number += len(batch)
+            first += size
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with pa.input_stream(str(path), compression="detect") as raw:
+        pending = b""
+        while chunk := raw.read(1 << 20):
+            *lines, pending = (pending + chunk).split(b"\n")
+            yield from (line.decode("utf-8") for line in lines)
+        if pending:
+            yield pending.decode("utf-8")
+
+
+def _json_rows(path: Path, skip: int) -> Iterator[tuple[int, Row]]:
+    for number, line in enumerate(_lines(path)):
+        if number < skip or not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number + 1}: not valid JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number + 1}: expected an object with named fields")
+        yield number, row
+
+
+def _text_rows(path: Path, skip: int) -> Iterator[tuple[int, Row]]:
+    """Pieces of about PIECE characters, cut at blank lines."""
+    number, size = 0, 0
+    piece: list[str] = []
+    for line in _lines(path):
+        if size >= PIECE and not line.strip():
+            if number >= skip:
+                yield number, {"text": "\n".join(piece)}
+            number, piece, size = number + 1, [], 0
+        else:
+            piece.append(line.rstrip("\r"))
+            size += len(line) + 1
+    if size and number >= skip:
+        yield number, {"text": "\n".join(piece)}
+
+
+COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
+READERS: dict[str, Callable[[Path, int], Iterator[tuple[int, Row]]]] = {
+    "parquet": _parquet_rows,
+    "jsonl": _json_rows,
+    "json": _json_rows,
+    "txt": _text_rows,
+    "md": _text_rows,
+}
+
+
+# ------------------------------------------------------------------------------- hub streams
+
+
+@dataclass
+class Hub:
+    """A dataset of the Hugging Face hub, streamed with `datasets`, resumed by its state."""
+
+    name: str
+    spec: HubSource
+    seed: int
+
+    def rows(self, epoch: int, position: Position) -> Iterator[tuple[Row, Position]]:
+        stream = self._open().shuffle(seed=self.seed, buffer_size=1)  # shard order only
+        stream.set_epoch(epoch)
+        if position is not None:
+            stream.load_state_dict(position)
+        for row in stream:
+            yield row, stream.state_dict()
+
+    def _open(self) -> Any:
+        import datasets
+
+        try:
+            return datasets.load_dataset(
+                self.spec.dataset,
+                self.spec.config,
+                split=self.spec.split,
+                data_dir=self.spec.data_dir,
+                streaming=True,
+            )
+        except Exception as error:  # the hub client raises many kinds
+            raise UserError(
+                f"source {self.name!r}: can't open {self.spec.dataset!r} on the hub "
+                f"({str(error).strip().splitlines()[0]}). Check name and network; if the dataset "
+                f"is gated, accept its terms at https://huggingface.co/datasets/{self.spec.dataset}"
+                " and log in with `hf auth login`"
+            ) from None
+
+
+# ------------------------------------------------------------------------------- made here
+
+
+@dataclass
+class Generated:
+    """Documents without end from a function of ours, or of yours: `module:function`."""
+
+    name: str
+    spec: GeneratorSource
+    seed: int
+
+    def rows(self, epoch: int, position: Position) -> Iterator[tuple[Row, Position]]:
+        make = self._function()
+        number = position or 0
+        while True:
+            rng = random.Random(f"{self.seed}/{self.name}/{number}")
+            number += 1
+            yield {self.spec.column: make(rng, **self.spec.options)}, number
+
+    def _function(self) -> Callable[..., Document]:
+        module, _, function = self.spec.function.partition(":")
+        try:
+            make = getattr(importlib.import_module(module), function)
+            make(random.Random(0), **self.spec.options)
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            raise UserError(
+                f"source {self.name!r}: can't call {self.spec.function!r} with options "
+                f"{self.spec.options}: {error}; it must be module:function, taking (rng, **options)"
+            ) from None
+        return make
+
+
+@dataclass
+class Packages:
+    """Documentation or source code of the Python packages that are installed here."""
+
+    name: str
+    spec: PackagesSource
+    seed: int
+
+    def rows(self, epoch: int, position: Position) -> Iterator[tuple[Row, Position]]:
+        paths = list(package_files())
+        random.Random(f"{self.seed}/{self.name}/files/{epoch}").shuffle(paths)
+        read = docstrings if self.spec.content == "prose" else source_code
+        for index in range(position or 0, len(paths)):
+            text = read(paths[index])
+            if text:
+                yield {self.spec.column: text}, index + 1
+
+
+@functools.cache
+def package_files() -> tuple[Path, ...]:
+    """Python files of the standard library and of the installed packages, tests left out."""
+    skipped = {"test", "tests", "testing", "_vendor", "idlelib", "lib2to3", "__pycache__"}
+    files = set()
+    for kind, left_out in (("stdlib", skipped | {"site-packages"}), ("purelib", skipped)):
+        root = Path(sysconfig.get_path(kind))
+        for path in root.rglob("*.py"):
+            if not left_out & set(path.relative_to(root).parts) and path.stat().st_size < 200_000:
+                files.add(path)
+    return tuple(sorted(files))
+
+
+def source_code(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (UnicodeDecodeError, OSError):
+        return ""
+
+
+def docstrings(path: Path) -> str:
+    """The docstrings of a Python file that are prose (several lines, no doctest), as one text."""
+    try:
+        tree = ast.parse(source_code(path))
+    except (SyntaxError, ValueError, RecursionError):
+        return ""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    texts = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))
+    return "\n\n".join(text for text in texts if text and len(text) > 80 and ">>>" not in text)
+
+
+# ------------------------------------------------------------------------------- for training
+
+
+def open_source(name: str, recipe: Recipe) -> Source:
+    """The recipe's source of that name."""
+    spec: AnySource = recipe.sources[name]
+    if isinstance(spec, FileSource):
+        return Files(name, spec, recipe.data_dir, recipe.seed)
+    if isinstance(spec, HubSource):
+        return Hub(name, spec, recipe.seed)
+    if isinstance(spec, GeneratorSource):
+        return Generated(name, spec, recipe.seed)
+    return Packages(name, spec, recipe.seed)
+
+
+def hashed_fraction(text: str) -> float:
+    """A number in [0, 1) that depends on nothing but the text."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def is_held_out(document: Document, fraction: float) -> bool:
+    """Whether a document belongs to validation. Copies always fall on the same side."""
+    text = document if isinstance(document, str) else json.dumps(document, sort_keys=True)
+    return hashed_fraction(text) < fraction
+
+
+@dataclass
+class DocumentStream:
+    """Documents of one side of a source's split, shuffled in blocks, epoch after epoch, endlessly.
+
+    `state` is the position before the next document, as plain data; `DocumentStream(..., state)`
+    goes on from there with the same documents. A block is read ahead, ordered by the seed, and
+    handed out; after a resume it is read again and what was handed out is passed over.
+    """
+
+    name: str
+    source: Source
+    spec: SourcePart
+    seed: int
+    held_out_fraction: float
+    held_out: bool = False
+    state: dict[str, Any] = field(
+        default_factory=lambda: {"epoch": 0, "position": None, "block": 0, "document": 0}
+    )
+
+    def __iter__(self) -> Iterator[Document]:
+        while True:
+            for block, following in self._blocks():
+                for document in block[self.state["document"] :]:
+                    self.state = {**self.state, "document": self.state["document"] + 1}
+                    yield document
+                number = self.state["block"] + 1
+                self.state = {**self.state, "position": following, "block": number, "document": 0}
+            if self.state["block"] == 0:
+                raise UserError(
+                    f"source {self.name!r} is empty: no {'held-out ' * self.held_out}document with "
+                    f"at least {self.spec.min_characters} characters"
+                )
+            epoch = self.state["epoch"] + 1
+            self.state = {"epoch": epoch, "position": None, "block": 0, "document": 0}
+
+    def one_epoch(self) -> Iterator[Document]:
+        """The documents of the current epoch alone, shuffled; may be none."""
+        for block, _ in self._blocks():
+            yield from block
+
+    def in_order(self) -> Iterator[Document]:
+        """The documents of the current epoch as they come, without reading a block ahead."""
+        for row, _ in self.source.rows(self.state["epoch"], self.state["position"]):
+            document = self._document(row)
+            if document is not None:
+                yield document
+
+    def _blocks(self) -> Iterator[tuple[list[Document], Position]]:
+        """Shuffled blocks of the current epoch, each with the position after it."""
+        number, block, following = self.state["block"], [], None
+        for row, following in self.source.rows(self.state["epoch"], self.state["position"]):
+            document = self._document(row)
+            if document is not None:
+                block.append(document)
+            if len(block) == self.spec.shuffle_block:
+                yield self._shuffled(block, number), following
+                number, block = number + 1, []
+        if block:
+            yield self._shuffled(block, number), following
+
+    def _shuffled(self, block: list[Document], number: int) -> list[Document]:
+        key = f"{self.seed}/{self.name}/{self.state['epoch']}/{number}"
+        random.Random(key).shuffle(block)
+        return block
+
+    def _document(self, row: Row) -> Document | None:
+        """The row's document if it passes the filters and lies on our side of the split."""
+        document = row.get(self.spec.column)
+        if not isinstance(document, (str, list)):
+            raise UserError(
+                f"source {self.name!r}: its rows have no text or messages in column "
+                f"{self.spec.column!r}; they have {', '.join(sorted(row))}"
+            )
+        if isinstance(document, str):
+            document = document.strip()
+            size = len(document)
+        else:
+            size = sum(len(message.get("content") or "") for message in document)
+        if size < max(1, self.spec.min_characters):
+            return None
+        return document if is_held_out(document, self.held_out_fraction) == self.held_out else None
+
+
+def open_stream(name: str, recipe: Recipe, *, held_out: bool = False) -> DocumentStream:
+    """Documents of the recipe's source `name`, from the beginning."""
+    return DocumentStream(
+        name=name,
+        source=open_source(name, recipe),
+        spec=recipe.sources[name],
+        seed=recipe.seed,
+        held_out_fraction=recipe.held_out_fraction,
+        held_out=held_out,
+    )
+
+
+def check_sources(names: list[str], recipe: Recipe) -> None:
+    """Open every source and read one document; report all problems at once.
+
+    Raises:
+        UserError: with a line for each source that can't be used.
+    """
+    problems = []
+    for name in dict.fromkeys(names):
+        try:
+            if next(open_stream(name, recipe).in_order(), None) is None:
+                problems.append(f"source {name!r} is empty: no document passes its filters")
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n       ".join(problems))

@@ -1,0 +1,271 @@
+"""What the five stage scripts share: command line, checkpoints in and out, tokenizer, model."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hamner import checkpoints, tokenization
+from hamner.batches import (
+    Batch,
+    MixedBatches,
+    TokenStream,
+    held_out_sequences,
+)
+from hamner.errors import UserError
+from hamner.plan import print_plan
+from hamner.recipe import Recipe, StreamStage, load_recipe
+from hamner.sources import check_sources, open_stream
+from hamner.tokenization import Tokenizer
+from hamner.training import Task, Trainer, Validation, language_modelling, pick_device
+from model import Transformer
+
+BEFORE = {"anneal": "base", "chat": "anneal", "sft": "chat", "dpo": "sft"}
+COMMANDS = {
+    "base": "python train_pretrain.py --fresh",
+    "anneal": "python train_pretrain.py --stage anneal",
+    "chat": "python train_chat_pretrain.py",
+    "sft": "python train_sft.py",
+    "dpo": "python train_dpo.py",
+}
+
+
+def stage_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that every stage script takes."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--recipe", default="v4", help="name in recipes/, or path (default: v4)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        help="change a field of the recipe, such as anneal.steps=100; repeatable",
+    )  # fmt: skip
+    parser.add_argument("--fresh", action="store_true", help="begin anew; moves the old run aside")
+    parser.add_argument("--checkpoint", type=Path, help="start from this file")
+    parser.add_argument("--steps", type=int, help="stop after so many steps in all")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    parser.add_argument("--plan", action="store_true", help="print what a run would take, and stop")
+    return parser
+
+
+def stage_recipe(arguments: argparse.Namespace, stage: str) -> Recipe:
+    overrides = list(arguments.overrides)
+    if arguments.steps is not None:
+        overrides.append(f"{stage}.steps={arguments.steps}")
+    return load_recipe(arguments.recipe, overrides)
+
+
+@dataclass
+class Start:
+    """Where a stage begins: its model and tokenizer, and what it goes on from, if anything."""
+
+    stage: str
+    recipe: Recipe
+    device: torch.device
+    model: Transformer
+    tokenizer: Tokenizer
+    resume: checkpoints.Checkpoint | None  # a checkpoint of this very stage
+    previous: checkpoints.Checkpoint | None  # one of the stage before
+
+    def run(self, task: Task, inherit: dict[str, Any] | None = None) -> int:
+        """Train the task to its end; returns the exit code."""
+        trainer = Trainer(
+            task, self.recipe, self.model, self.tokenizer, self.device, self.resume, inherit
+        )
+        return trainer.run()
+
+
+def open_stage(stage: str, arguments: argparse.Namespace) -> Start | None:
+    """Find checkpoint, tokenizer and model for a stage; None if only the plan was asked for.
+
+    A stage continues its own latest checkpoint if there is one. Otherwise, or with --fresh, it
+    starts from the stage before it, and the first from nothing.
+
+    Raises:
+        UserError: whatever stands in the way of starting.
+    """
+    recipe = stage_recipe(arguments, stage)
+    device = pick_device(arguments.device)
+    if arguments.plan:
+        print_plan(recipe, stage, device)
+        return None
+    path = find_checkpoint(stage, recipe, arguments)
+    loaded = checkpoints.load(path) if path else None
+    if loaded is not None and path is not None:
+        checkpoints.check_same_model(loaded, recipe.model.config(), path)
+        tokenizer, model = checkpoints.load_tokenizer(loaded), checkpoints.load_model(loaded, path)
+    else:
+        check_sources([source.name for source in recipe.base.sources], recipe)
+        tokenizer, model = open_tokenizer(recipe), new_model(recipe)
+    check_vocabulary(tokenizer, recipe)
+    own = loaded is not None and loaded["stage"] == stage
+    if arguments.fresh:
+        set_aside(stage, recipe)
+    describe_start(stage, recipe, path, loaded, device)
+    resume, previous = (loaded, None) if own else (None, loaded)
+    return Start(stage, recipe, device, model, tokenizer, resume, previous)
+
+
+def find_checkpoint(stage: str, recipe: Recipe, arguments: argparse.Namespace) -> Path | None:
+    """The checkpoint that a stage starts from; None for the base stage's beginning."""
+    own = recipe.folder(stage) / "latest.pt"
+    if arguments.checkpoint is not None:
+        given: Path = arguments.checkpoint
+        if own.exists() and not arguments.fresh and checkpoints.load(given)["stage"] != stage:
+            raise UserError(
+                f"{own.parent} already holds a run: add --fresh to begin anew from {given} (the "
+                "old run is moved aside), or leave --checkpoint away to continue it"
+            )
+        return given
+    if own.exists() and not arguments.fresh:
+        return own
+    before = BEFORE.get(stage)
+    if before is None:
+        return None
+    for name in ("best.pt", "latest.pt"):
+        path = recipe.folder(before) / name
+        if path.exists():
+            return path
+    raise UserError(
+        f"stage {stage} starts from a checkpoint of stage {before}, and there is none in "
+        f"{recipe.folder(before)}: run `{command(before, arguments.recipe)}` first, or name "
+        "another with --checkpoint"
+    )
+
+
+def command(stage: str, recipe: str) -> str:
+    """What to type to run a stage of a recipe, given as it was typed: a name or a path."""
+    return COMMANDS[stage] + (f" --recipe {recipe}" if recipe != "v4" else "")
+
+
+def describe_start(
+    stage: str,
+    recipe: Recipe,
+    path: Path | None,
+    loaded: checkpoints.Checkpoint | None,
+    device: torch.device,
+) -> None:
+    size = recipe.model.config().num_parameters()
+    begin = "from nothing"
+    if loaded is not None:
+        begin = f"from {path} (stage {loaded['stage']}, step {loaded['step']:,})"
+        position = loaded["position"]
+        unfinished = loaded["step"] < loaded["steps"] and not position["stopped_early"]
+        if loaded["stage"] != stage and unfinished and path is not None and path.stem != "best":
+            begin += f"; note that it was to have {loaded['steps']:,} steps"
+    print(f"{stage}: {size:,} parameters on {device}, {recipe.precision}, {begin}", flush=True)
+    if recipe.precision == "fp16" and device.type == "cpu":
+        print("fp16 is slow on a CPU; --set precision=fp32 is the faster choice", flush=True)
+
+
+def set_aside(stage: str, recipe: Recipe) -> None:
+    """Move an earlier run of this stage out of the way, and say where it went."""
+    paths = [recipe.folder(stage)]
+    paths += [recipe.log(stage, ending) for ending in ("metrics.csv", "samples.jsonl")]
+    for path in paths:
+        aside = checkpoints.move_aside(path)
+        if aside is not None:
+            print(f"moved {path} to {aside}")
+
+
+def new_model(recipe: Recipe) -> Transformer:
+    torch.manual_seed(recipe.seed)
+    return Transformer(recipe.model.config())
+
+
+def open_tokenizer(recipe: Recipe) -> Tokenizer:
+    """The recipe's tokenizer: from the hub, from a file, or trained now on its sources."""
+    spec = recipe.tokenizer
+    if spec.hub is not None:
+        return tokenization.from_hub(spec.hub)
+    if spec.path is not None:
+        return tokenization.from_path(Path(spec.path))
+    assert spec.train is not None
+    texts = []
+    for name in spec.train.train_on:
+        documents = open_stream(name, recipe).in_order()
+        for _, document in zip(range(spec.train.documents), documents, strict=False):
+            turns = [document] if isinstance(document, str) else [m["content"] for m in document]
+            texts += turns
+    print(f"training a tokenizer on {len(texts):,} texts", flush=True)
+    return tokenization.train(texts, spec.train.vocab_size)
+
+
+def check_vocabulary(tokenizer: Tokenizer, recipe: Recipe) -> None:
+    if tokenizer.vocab_size > recipe.model.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size:,} tokens, model.vocab_size is "
+            f"{recipe.model.vocab_size:,}: the vocabulary doesn't fit; raise model.vocab_size or "
+            "take another tokenizer"
+        )
+
+
+# ------------------------------------------------------------------------ stages 1 to 3
+
+
+def stream_task(start: Start) -> Task:
+    """The task of a stage that reads a weighted mix of document streams.
+
+    Every stream goes on where the stage before left it, so that no document is read twice.
+    """
+    recipe, tokenizer = start.recipe, start.tokenizer
+    settings = recipe.stage(start.stage)
+    assert isinstance(settings, StreamStage)
+    names = [source.name for source in settings.sources]
+    check_sources(names, recipe)
+    before = (start.previous or {}).get("data") or {}
+
+    def batches(state: dict[str, Any] | None) -> MixedBatches:
+        places = (state or before).get("sources", {})
+        streams = {
+            name: TokenStream(open_stream(name, recipe), tokenizer, places.get(name))
+            for name in names
+        }
+        return MixedBatches(
+            streams,
+            {source.name: source.weight for source in settings.sources},
+            sequence_length=settings.sequence_length,
+            sequences_per_step=settings.sequences_per_step,
+            micro_batch=settings.micro_batch,
+            drawn=(state or {}).get("drawn"),
+        )
+
+    return Task(
+        stage=start.stage,
+        batches=lambda state: iter(batches(state)),
+        steps=settings.steps,
+        loss=language_modelling,
+        validation=stream_validation(recipe, settings, tokenizer),
+        chat_prompts=start.stage == "chat",
+    )
+
+
+def stream_validation(
+    recipe: Recipe, settings: StreamStage, tokenizer: Tokenizer
+) -> dict[str, Validation]:
+    """Held-out sequences of every source, weighted in the mean like the mix."""
+    result = {}
+    for source in settings.sources:
+        documents = open_stream(source.name, recipe, held_out=True)
+        length, count = settings.sequence_length, settings.validation_sequences
+        sequences = held_out_sequences(documents, tokenizer, length, count)
+        if not len(sequences):
+            print(f"source {source.name!r}: too little held-out text to validate on")
+            continue
+        parts = [{"input_ids": ids} for ids in sequences.split(settings.micro_batch)]
+        weight = sequences.shape[0] * (length - 1)
+        batch = Batch(parts, weight, sequences.numel(), {})
+        result[source.name] = Validation(batch, source.weight)
+    return result
+
+
+def carry_on(previous: checkpoints.Checkpoint | None, keys: Sequence[str]) -> dict[str, Any] | None:
+    """The parts of the previous stage's state that this stage continues."""
+    if previous is None or any(key not in previous for key in keys):
+        return None
+    return {key: previous[key] for key in keys}

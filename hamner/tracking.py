@@ -1,0 +1,170 @@
+"""What a run leaves to look at: metrics CSV, samples JSONL, progress on the terminal."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+# Dense fp16/bf16 tensor-core peaks in FLOP/s, from the makers' data sheets (fp32 accumulation).
+PEAK_FLOPS = {
+    "RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 210e12, "A100": 312e12,
+    "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12,
+}  # fmt: skip
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def write_text_whole(path: Path, text: str) -> None:
+    """Write a text file through a temporary one beside it: whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class MetricsCSV:
+    """A CSV with one row per logged step.
+
+    Opened to go on from `step`, it drops what was written after that step (a killed run repeats
+    those steps) and a last line that was cut in the middle.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str], step: int):
+        self.path = path
+        self.columns = list(columns)
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, self.columns, restval="", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(self._kept(step))
+        write_text_whole(path, buffer.getvalue())
+
+    def _kept(self, step: int) -> list[dict[str, str]]:
+        if step == 0 or not self.path.exists():
+            return []
+        with open(self.path, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        whole = [row for row in rows if None not in row and None not in row.values()]
+        return [row for row in whole if row["step"].isdigit() and int(row["step"]) <= step]
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        values = {key: _rounded(value) for key, value in row.items()}
+        with open(self.path, "a", encoding="utf-8", newline="") as file:
+            csv.DictWriter(file, self.columns, restval="").writerow(values)
+
+
+def _rounded(value: Any) -> Any:
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+class SamplesJSONL:
+    """Generated samples, one JSON object per occasion; goes on like `MetricsCSV`."""
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        write_text_whole(path, "".join(self._kept(step)))
+
+    def _kept(self, step: int) -> list[str]:
+        if step == 0 or not self.path.exists():
+            return []
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+            try:
+                if line.endswith("\n") and json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (json.JSONDecodeError, KeyError, TypeError):
+                continue
+        return kept
+
+    def write(self, step: int, tokens: int, samples: Mapping[str, str]) -> None:
+        record = {"timestamp": now(), "step": step, "tokens_total": tokens, "samples": samples}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+class Progress:
+    """A bar on a terminal; a line now and then where there is none."""
+
+    def __init__(self, label: str, step: int, steps: int):
+        self._bar = tqdm(
+            total=steps, initial=step, desc=label, unit="step", dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        )  # fmt: skip
+        self._label, self._step, self._steps = label, step, steps
+
+    def advance(self) -> None:
+        self._step += 1
+        self._bar.update(1)
+
+    def report(self, loss: float, tokens_per_second: float, mfu: float | None) -> None:
+        text = f"loss {loss:.4f}, {tokens_per_second:,.0f} tok/s"
+        if mfu is not None:
+            text += f", MFU {mfu:.0%}"
+        if self._bar.disable:
+            print(f"{self._label} step {self._step:,}/{self._steps:,}: {text}", flush=True)
+        else:
+            self._bar.set_postfix_str(text)
+
+    def say(self, text: str) -> None:
+        self._bar.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class Stopwatch:
+    """Seconds spent training: what runs inside `paused` (validating, saving) is not counted."""
+
+    def __init__(self) -> None:
+        self._begin = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        end = time.perf_counter()
+        seconds, self._begin = end - self._begin, end
+        return seconds
+
+    def paused(self, work: Callable[[], Any]) -> Any:
+        begin = time.perf_counter()
+        result = work()
+        self._begin += time.perf_counter() - begin
+        return result
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak FLOP/s: a data sheet's for known GPUs, measured for a CPU, None for others."""
+    if device.type == "cpu":
+        return _measured_matmul_flops()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+    return None
+
+
+def _measured_matmul_flops(size: int = 1_024, seconds: float = 0.5) -> float:
+    """FLOP/s of fp32 matrix products on this CPU, the best of as many as fit the time."""
+    a, b = torch.ones(size, size), torch.ones(size, size)
+    best, end = float("inf"), time.perf_counter() + seconds
+    while True:
+        begin = time.perf_counter()
+        a @ b
+        finished = time.perf_counter()
+        best = min(best, finished - begin)
+        if finished > end:
+            return 2 * size**3 / best

@@ -1,0 +1,362 @@
+"""Chat Hamner's transformer: a Llama-style decoder in one file.
+
+RMSNorm before every sub-layer, SwiGLU, rotary positions, grouped-query attention, tied embeddings,
+no biases. Parameter and config names are those of Hugging Face's `LlamaForCausalLM`, and so are the
+numbers: the same weights give the same logits.
+
+Shapes are written beside the lines: B sequences, T positions, S cached positions, C hidden size,
+H query heads, K key/value heads, D head size, V vocabulary, N positions that carry a label.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+IGNORE_INDEX = -100  # a label with this value asks for no loss
+MAX_LOGITS = 2**28  # the loss never holds more logits than this at once (1 GiB in fp32)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a model. The defaults are v4's: 163,609,344 parameters."""
+
+    vocab_size: int = 49_152
+    hidden_size: int = 768
+    intermediate_size: int = 2_048
+    num_hidden_layers: int = 20
+    num_attention_heads: int = 12
+    num_key_value_heads: int = 4
+    max_position_embeddings: int = 1_024
+    rope_theta: float = 10_000.0
+    rms_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be an even multiple of "
+                f"num_attention_heads ({self.num_attention_heads})"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    def matmul_parameters(self) -> int:
+        """Weights that every token is multiplied with: all matrices, and the head once."""
+        kv_size = self.num_key_value_heads * self.head_dim
+        attention = 2 * self.hidden_size * (self.hidden_size + kv_size)
+        mlp = 3 * self.hidden_size * self.intermediate_size
+        return self.num_hidden_layers * (attention + mlp) + self.vocab_size * self.hidden_size
+
+    def num_parameters(self) -> int:
+        """Exact count of trainable parameters; tied embeddings count once."""
+        norms = (2 * self.num_hidden_layers + 1) * self.hidden_size
+        embedding = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
+        return self.matmul_parameters() + norms + embedding
+
+    def flops_per_token(self, sequence_length: int) -> int:
+        """Training FLOPs per token, forward and backward, without recomputation.
+
+        6 per matrix weight and 12 * layers * hidden * length for attention scores and values, as
+        counted in the PaLM paper's appendix B (arXiv 2204.02311; causality is not deducted).
+        """
+        attention = 12 * self.num_hidden_layers * self.hidden_size * sequence_length
+        return 6 * self.matmul_parameters() + attention
+
+
+@dataclass
+class Output:
+    """What `Transformer.forward` returns: a loss if it was given labels, logits if it wasn't."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None  # (B, T, V)
+
+
+class KVCache:
+    """Keys and values of all positions seen so far, in buffers allocated once.
+
+    `length` counts the filled positions. Cutting it back forgets the positions after it.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int = 1,
+        max_length: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        self.max_length = max_length or config.max_position_embeddings
+        heads = (batch_size, config.num_key_value_heads, self.max_length, config.head_dim)
+        shape = (config.num_hidden_layers, *heads)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, K, T, D) of one layer; return all of its keys and values (B, K, S, D)."""
+        end = self.length + k.shape[2]
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end].type_as(k), self.values[layer, :, :, :end].type_as(v)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, with the statistics in fp32 (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.type_as(x)
+
+
+def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin (max_position_embeddings, D) of RoPE (arXiv 2104.09864), half-split layout."""
+    exponent = torch.arange(0, config.head_dim, 2).float() / config.head_dim
+    frequency = config.rope_theta**-exponent  # (D/2)
+    angle = torch.outer(torch.arange(config.max_position_embeddings).float(), frequency)
+    angle = torch.cat([angle, angle], dim=-1)  # (max_position_embeddings, D)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (i, i + D/2) of x (B, H, T, D) by its position's angle."""
+    left, right = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-right, left], dim=-1) * sin).type_as(x)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """Grouped-query attention (arXiv 2305.13245): q (B, H, T, D), k and v (B, K, S, D)."""
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and q.device.type == "cpu":  # the grouped CPU kernel is slower than the copies
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+        grouped = False
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+    )
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        batch, length, _ = x.shape
+        heads = (batch, length, -1, self.head_dim)
+        q = rotate(self.q_proj(x).view(heads).transpose(1, 2), cos, sin)  # (B, H, T, D)
+        k = rotate(self.k_proj(x).view(heads).transpose(1, 2), cos, sin)  # (B, K, T, D)
+        v = self.v_proj(x).view(heads).transpose(1, 2)  # (B, K, T, D)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # (B, K, S, D)
+        y = attend(q, k, v, mask, causal=mask is None and length > 1)  # (B, H, T, D)
+        return self.o_proj(y.transpose(1, 2).reshape(batch, length, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm: everything before the language-model head."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        cos, sin = rotary_tables(config)
+        self.cos: Tensor
+        self.sin: Tensor
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(
+        self, input_ids: Tensor, sequence_ids: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        positions, mask = positions_and_mask(input_ids, sequence_ids, cache)
+        cos = self.cos[positions].unsqueeze(-3)  # (1 or B, 1, T, D)
+        sin = self.sin[positions].unsqueeze(-3)
+        x = self.embed_tokens(input_ids)  # (B, T, C)
+        for layer in self.layers:
+            x = layer(x, cos, sin, mask, cache)
+        if cache is not None:
+            cache.length += input_ids.shape[1]
+        return self.norm(x)
+
+
+def positions_and_mask(
+    input_ids: Tensor, sequence_ids: Tensor | None, cache: KVCache | None
+) -> tuple[Tensor, Tensor | None]:
+    """Rotary positions (1 or B, T), and the attention mask (B or 1, 1, T, S), True = may look.
+
+    The mask is None where plain causal attention (or one new token after a cache) says it all.
+    """
+    length, device = input_ids.shape[1], input_ids.device
+    start = cache.length if cache is not None else 0
+    index = torch.arange(start, start + length, device=device)[None]  # (1, T)
+    if sequence_ids is not None:
+        begins = sequence_ids[:, 1:] != sequence_ids[:, :-1]
+        first = torch.where(F.pad(begins, (1, 0)), index, 0).cummax(dim=1).values  # (B, T)
+        same = sequence_ids[:, None, :, None] == sequence_ids[:, None, None, :]
+        return index - first, same & (index[0][:, None] >= index[0])
+    if start and length > 1:
+        past = torch.arange(start + length, device=device)
+        return index, (index[0][:, None] >= past)[None, None]
+    return index, None
+
+
+class Transformer(nn.Module):
+    """A causal language model.
+
+    >>> model = Transformer(ModelConfig())
+    >>> loss = model(input_ids, labels=input_ids).loss
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.apply(self._init_weights)
+        residual_std = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
+        for name, parameter in self.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):  # as in GPT-2, section 2.3
+                nn.init.normal_(parameter, std=residual_std)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        *,
+        sequence_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        logits_to_keep: int = 0,
+        reduction: str = "mean",
+    ) -> Output:
+        """Logits, or with labels the loss of predicting each label from what stands before it.
+
+        Args:
+            input_ids: (B, T) token ids.
+            labels: (B, T) aligned with input_ids, which may be the same tensor: the shift happens
+                here and nowhere else. -100 asks for no loss, and costs no logits.
+            sequence_ids: (B, T) says which tokens of a row belong together when several sequences
+                are packed into it: attention, positions and loss never cross from one to the next.
+            cache: keys and values of the positions before input_ids; input_ids are added to it.
+            logits_to_keep: only the last so many positions get logits; 0 means all.
+            reduction: "mean" over the labelled tokens, their "sum", or "none" for the loss of
+                every token (B, T), 0 where there is none: at [b, t] stands -log p(labels[b, t]).
+
+        Raises:
+            ValueError: more positions than max_position_embeddings or than the cache holds;
+                sequence_ids together with a cache.
+        """
+        if cache is not None and sequence_ids is not None:
+            raise ValueError("a cache holds one sequence a row: it doesn't go with sequence_ids")
+        self._check_length(input_ids, cache)
+        hidden = self.model(input_ids, sequence_ids, cache)  # (B, T, C)
+        if labels is None:
+            return Output(logits=self.lm_head(hidden[:, -logits_to_keep:]))
+        unmasked = labels is input_ids and sequence_ids is None
+        targets = labels[:, 1:]
+        if sequence_ids is not None:
+            targets = targets.masked_fill(sequence_ids[:, 1:] != sequence_ids[:, :-1], IGNORE_INDEX)
+        return Output(loss=self._loss(hidden[:, :-1], targets, unmasked, reduction))
+
+    def _check_length(self, input_ids: Tensor, cache: KVCache | None) -> None:
+        end = input_ids.shape[1] + (cache.length if cache is not None else 0)
+        limit = self.config.max_position_embeddings
+        if cache is not None:
+            limit = min(limit, cache.max_length)
+        if end > limit:
+            raise ValueError(f"{end} positions, but there is room for {limit}")
+
+    def _loss(self, hidden: Tensor, targets: Tensor, unmasked: bool, reduction: str) -> Tensor:
+        """Cross-entropy of hidden (B, T-1, C) against targets (B, T-1), already shifted.
+
+        Selecting the labelled positions asks the device how many there are; `unmasked` promises
+        that all are, and so spares a GPU the wait.
+        """
+        hidden, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+        labelled = slice(None) if unmasked else flat != IGNORE_INDEX
+        losses = self._token_losses(hidden[labelled], flat[labelled])  # (N)
+        if reduction == "mean":
+            return losses.mean()
+        if reduction == "sum":
+            return losses.sum()
+        if reduction != "none":
+            raise ValueError(f"reduction must be mean, sum or none, got {reduction!r}")
+        per_token = losses.new_zeros(flat.shape)
+        per_token[labelled] = losses
+        return F.pad(per_token.view(targets.shape), (1, 0))  # (B, T)
+
+    def _token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """-log p of targets (N) given hidden (N, C), without holding all N x V logits at once."""
+        size = max(1, MAX_LOGITS // self.config.vocab_size)
+        if len(targets) <= size:
+            return self._head_loss(hidden, targets)
+        chunks = zip(hidden.split(size), targets.split(size), strict=True)
+        losses = [checkpoint(self._head_loss, h, t, use_reentrant=False) for h, t in chunks]
+        return torch.cat(losses)
+
+    def _head_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.lm_head(hidden).float(), targets, reduction="none")

@@ -1,0 +1,164 @@
+"""Gather the conversations for stage 4: filter, drop copies, split, write `messages` as JSON lines.
+
+    python prepare_sft_data.py                 -> data/sft/train.jsonl and validation.jsonl
+
+What is gathered stands in the recipe under sft.data. A conversation goes to train or validation by
+a hash of its words, so that copies never stand on both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from hamner.errors import UserError, run
+from hamner.recipe import Recipe, SFTSource, load_recipe
+from hamner.sources import Document, hashed_fraction, open_stream
+from hamner.tokenization import check_message
+from hamner.tracking import write_text_whole
+
+Messages = list[dict[str, str]]
+
+
+@dataclass
+class Gathered:
+    """What came of one source."""
+
+    spec: SFTSource
+    train: list[Messages] = field(default_factory=list)
+    validation: list[Messages] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def kept(self) -> list[Messages]:
+        return self.train + self.validation
+
+
+def clean(document: Document) -> Messages | str:
+    """The conversation, stripped and ending with an answer, or the reason to drop it."""
+    if isinstance(document, str):
+        return "not a conversation"
+    messages = []
+    for message in document:
+        try:
+            role, content = check_message(message)
+        except UserError:
+            return "malformed message"
+        if not content.strip():
+            return "empty message"
+        messages.append({"role": role, "content": content.strip()})
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()
+    roles = [message["role"] for message in messages]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    if not turns:
+        return "no answer"
+    if turns != ["user", "assistant"] * (len(turns) // 2):
+        return "turns out of order"
+    return messages
+
+
+def fingerprint(messages: Messages) -> str:
+    """The same for conversations that differ only in case and white space."""
+    return "\n".join(f"{m['role']}: {' '.join(m['content'].lower().split())}" for m in messages)
+
+
+def gather(recipe: Recipe, spec: SFTSource, seen: set[int]) -> Gathered:
+    """Conversations of one source that pass the filters and were not seen before."""
+    gathered = Gathered(spec)
+    stream = dataclasses.replace(open_stream(spec.name, recipe), held_out_fraction=0.0)
+    bar = tqdm(desc=spec.label, total=spec.at_most, unit="conv", disable=None)
+    with bar:
+        for document in stream.one_epoch():
+            reason = keep(clean(document), gathered, recipe.sft.data.validation_fraction, seen)
+            if reason is not None:
+                gathered.dropped[reason] += 1
+                continue
+            bar.update(1)
+            if bar.n == spec.at_most:
+                break
+    if not gathered.kept:
+        raise UserError(f"source {spec.name!r}: not one conversation passed the filters")
+    return gathered
+
+
+def keep(
+    messages: Messages | str, gathered: Gathered, validation_fraction: float, seen: set[int]
+) -> str | None:
+    """File a conversation under train or validation; return the reason if it is dropped instead."""
+    if isinstance(messages, str):
+        return messages
+    size = sum(len(message["content"]) for message in messages)
+    if size < gathered.spec.min_characters:
+        return "too short"
+    if gathered.spec.max_characters is not None and size > gathered.spec.max_characters:
+        return "too long"
+    key = fingerprint(messages)
+    if hash(key) in seen:
+        return "copy"
+    seen.add(hash(key))
+    held_out = hashed_fraction(key) < validation_fraction
+    (gathered.validation if held_out else gathered.train).append(messages)
+    return None
+
+
+def lines(gathered: list[Gathered], side: str) -> str:
+    """One side of all sources as JSON lines."""
+    rows = [
+        {"messages": messages, "source": part.spec.label, "repeat": part.spec.repeat}
+        for part in gathered
+        for messages in getattr(part, side)
+    ]
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def summary(gathered: list[Gathered]) -> Table:
+    table = Table(title="Conversations for supervised fine-tuning")
+    for heading in ("source", "train", "validation", "repeat", "mean turns", "mean chars"):
+        table.add_column(heading, justify="left" if heading == "source" else "right")
+    table.add_column("dropped")
+    for part in gathered:
+        sizes = [sum(len(m["content"]) for m in messages) for messages in part.kept]
+        turns = [sum(m["role"] == "user" for m in messages) for messages in part.kept]
+        dropped = ", ".join(f"{reason} {count:,}" for reason, count in part.dropped.most_common())
+        table.add_row(
+            part.spec.label, f"{len(part.train):,}", f"{len(part.validation):,}",
+            str(part.spec.repeat), f"{mean(turns):.1f}", f"{mean(sizes):.0f}", dropped,
+        )  # fmt: skip
+    return table
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--recipe", default="v4", help="name in recipes/, or path (default: v4)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        help="change a field of the recipe; repeatable",
+    )  # fmt: skip
+    arguments = parser.parse_args()
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    seen: set[int] = set()
+    gathered = [gather(recipe, spec, seen) for spec in recipe.sft.data.sources]
+    folder = Path(recipe.sft.data.folder)
+    for side in ("train", "validation"):
+        if not any(getattr(part, side) for part in gathered):
+            raise UserError(f"no conversation for {side}: change sft.data.validation_fraction")
+        write_text_whole(folder / f"{side}.jsonl", lines(gathered, side))
+    Console().print(summary(gathered))
+    print(f"written to {folder}/train.jsonl and validation.jsonl")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
