@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: demo test lint
 
 demo: .venv/runtime        ## all five stages on a CPU, offline, then a conversation
-	$(PY) generate_sft_v3.py --categories greetings,identity,math \
+	$(PY) generate_sft_v3.py --plain \
 		--out data/tiny/conversations.jsonl --pairs data/tiny/pairs.jsonl
 	$(PY) prepare_sft_data.py --recipe tiny
 	$(PY) train_pretrain.py --recipe tiny --fresh

@@ -22,7 +22,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,9 @@ NO_STRAYS = {"identity", "greetings"}  # here the answer to another question may
 
 PHRASINGS_PER_PRODUCT = 2
 SUM_KINDS = {"plus": 26, "minus": 24, "divide": 20, "percent": 10, "story": 20}
+PLAIN = ("greetings", "identity", "math")
+PLAIN_SUMS = 60
+PLAIN_PHRASINGS = 4
 SIZES = (10, 20, 20, 50, 100, 100, 500)
 PERCENTAGES = (5, 10, 10, 20, 25, 30, 40, 50, 50, 60, 75, 80, 90)
 NUMBER = re.compile(r"\d+")
@@ -173,6 +176,20 @@ def _products(taken: set[str], rng: random.Random) -> Iterator[Draft]:
             yield _sum("times", a, b, ask, rng.choice(words["say"]), _remark(rng))
 
 
+def _plain_sums(rng: random.Random) -> Iterator[Draft]:
+    """Yield all products of 2 to 12 and some sums, asked in several ways, answered in one."""
+    words = _read("math")
+    pairs = list(itertools.product(range(2, 50), repeat=2))
+    exact = [(item["op"], item["a"], item["b"]) for item in words["exact"]]
+    facts = [("times", a, b) for a, b in itertools.product(range(2, 13), repeat=2)]
+    facts += [("plus", a, b) for a, b in rng.sample(pairs, PLAIN_SUMS)]
+    for op, a, b in dict.fromkeys(exact + facts):
+        kind = words[op]
+        # The first phrasing comes with every sum, so that the exact turns are among them.
+        for ask in [kind["ask"][0], *rng.sample(kind["ask"][1:], PLAIN_PHRASINGS - 1)]:
+            yield _sum(op, a, b, ask, kind["say"][0], exact=True)
+
+
 def _other_sums(rng: random.Random) -> Iterator[Draft]:
     words = _read("math")
     while True:
@@ -243,6 +260,28 @@ def conversations(seed: int = 42, categories: Collection[str] | None = None) -> 
     return [talk for talk in talks if categories is None or talk["category"] in categories]
 
 
+def plain_conversations(seed: int = 42, categories: Collection[str] = PLAIN) -> list[dict]:
+    """Return a set that a model of a million parameters can hold.
+
+    Each question has one answer whatever its phrasing, there are no system prompts and no remarks,
+    and every sum is asked in several ways.
+    """
+    _check_categories(categories)
+    rng = random.Random(seed)
+    drafts = [draft for name in categories if name != "math" for draft in _plain(name, rng)]
+    drafts += list(_plain_sums(rng)) if "math" in categories else []
+    rng.shuffle(drafts)
+    return [_finished(replace(draft, exact=True), rng) for draft in drafts]
+
+
+def _plain(category: str, rng: random.Random) -> Iterator[Draft]:
+    for draft in _written(category, rng):
+        topic = _topics().get(draft.turns[-1], "")
+        yield replace(
+            draft, turns=[*draft.turns[:-1], _first_answers().get(topic, draft.turns[-1])]
+        )
+
+
 # --- preference pairs -----------------------------------------------------------------------------
 
 
@@ -256,6 +295,15 @@ def _topics() -> dict[str, str]:
             for text in _texts(last, f"{category}.yaml"):
                 topics[text] = f"{category}/{entry.get('topic')}"
     return topics
+
+
+@cache
+def _first_answers() -> dict[str, str]:
+    """Map each topic to the first of its hand-written final answers."""
+    first: dict[str, str] = {}
+    for answer, topic in _topics().items():
+        first.setdefault(topic, answer)
+    return first
 
 
 def _wrong_number(answer: str, rng: random.Random) -> str:
@@ -352,7 +400,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Write the conversations that teach Al to chat.")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="JSON lines file to write")
     parser.add_argument("--pairs", type=Path, help="also write preference pairs to this file")
-    parser.add_argument("--categories", default=",".join(CATEGORIES), help="comma-separated")
+    parser.add_argument("--categories", help="comma-separated (default: all; with --plain, few)")
+    parser.add_argument(
+        "--plain", action="store_true", help="one answer a question: what a tiny model can hold"
+    )
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--stats", action="store_true", help="print a table and write nothing")
     parser.add_argument("--show", type=int, metavar="N", help="print N of them and write nothing")
@@ -379,7 +430,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     parser = _parser()
     args = parser.parse_args(argv)
-    names = [name.strip() for name in args.categories.split(",")]
+    default = PLAIN if args.plain else CATEGORIES
+    names = [name.strip() for name in args.categories.split(",")] if args.categories else default
+    make = plain_conversations if args.plain else conversations
     try:
         _check_categories(names)
     except ValueError as error:
@@ -387,7 +440,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.pairs and args.pairs.resolve() == args.out.resolve():
         parser.error("--out and --pairs name the same file")
     try:
-        _run(args, conversations(args.seed, names))
+        _run(args, make(args.seed, names))
     except (OSError, ValueError) as error:
         print(f"generate_sft_v3.py: {error}", file=sys.stderr)
         return 1

@@ -3,13 +3,15 @@
     python prepare_sft_data.py                 -> data/sft/train.jsonl and validation.jsonl
 
 What is gathered stands in the recipe under sft.data. A conversation goes to train or validation by
-a hash of its words, so that copies never stand on both sides.
+a hash of its words, the one that splits every stage's documents: copies never stand on both sides,
+and what validates here was not trained on in stage 3.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass, field
@@ -22,7 +24,7 @@ from tqdm import tqdm
 
 from hamner.errors import UserError, run
 from hamner.recipe import Recipe, SFTSource, load_recipe
-from hamner.sources import Document, hashed_fraction, open_stream
+from hamner.sources import Document, fingerprint, is_held_out, open_stream
 from hamner.tokenization import check_message
 from hamner.tracking import write_text_whole
 
@@ -67,19 +69,14 @@ def clean(document: Document) -> Messages | str:
     return messages
 
 
-def fingerprint(messages: Messages) -> str:
-    """The same for conversations that differ only in case and white space."""
-    return "\n".join(f"{m['role']}: {' '.join(m['content'].lower().split())}" for m in messages)
-
-
-def gather(recipe: Recipe, spec: SFTSource, seen: set[int]) -> Gathered:
+def gather(recipe: Recipe, spec: SFTSource, seen: set[str]) -> Gathered:
     """Conversations of one source that pass the filters and were not seen before."""
     gathered = Gathered(spec)
     stream = dataclasses.replace(open_stream(spec.name, recipe), held_out_fraction=0.0)
     bar = tqdm(desc=spec.label, total=spec.at_most, unit="conv", disable=None)
     with bar:
         for document in stream.one_epoch():
-            reason = keep(clean(document), gathered, recipe.sft.data.validation_fraction, seen)
+            reason = keep(clean(document), gathered, recipe.held_out_fraction, seen)
             if reason is not None:
                 gathered.dropped[reason] += 1
                 continue
@@ -92,7 +89,7 @@ def gather(recipe: Recipe, spec: SFTSource, seen: set[int]) -> Gathered:
 
 
 def keep(
-    messages: Messages | str, gathered: Gathered, validation_fraction: float, seen: set[int]
+    messages: Messages | str, gathered: Gathered, held_out_fraction: float, seen: set[str]
 ) -> str | None:
     """File a conversation under train or validation; return the reason if it is dropped instead."""
     if isinstance(messages, str):
@@ -102,11 +99,12 @@ def keep(
         return "too short"
     if gathered.spec.max_characters is not None and size > gathered.spec.max_characters:
         return "too long"
-    key = fingerprint(messages)
-    if hash(key) in seen:
+    system = messages[0]["content"] if messages[0]["role"] == "system" else ""
+    key = hashlib.blake2b((system + fingerprint(messages)).encode(), digest_size=16).hexdigest()
+    if key in seen:
         return "copy"
-    seen.add(hash(key))
-    held_out = hashed_fraction(key) < validation_fraction
+    seen.add(key)
+    held_out = is_held_out(messages, held_out_fraction)
     (gathered.validation if held_out else gathered.train).append(messages)
     return None
 
@@ -148,12 +146,12 @@ def main() -> int:
     )  # fmt: skip
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    seen: set[int] = set()
+    seen: set[str] = set()
     gathered = [gather(recipe, spec, seen) for spec in recipe.sft.data.sources]
     folder = Path(recipe.sft.data.folder)
     for side in ("train", "validation"):
         if not any(getattr(part, side) for part in gathered):
-            raise UserError(f"no conversation for {side}: change sft.data.validation_fraction")
+            raise UserError(f"no conversation for {side}: change held_out_fraction in the recipe")
         write_text_whole(folder / f"{side}.jsonl", lines(gathered, side))
     Console().print(summary(gathered))
     print(f"written to {folder}/train.jsonl and validation.jsonl")

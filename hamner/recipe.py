@@ -200,7 +200,6 @@ class SFTDataPart(Part):
 
     folder: str  # train.jsonl and validation.jsonl
     sources: list[SFTSource] = Field(min_length=1)
-    validation_fraction: Fraction
 
 
 class EpochStage(StagePart):

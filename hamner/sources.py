@@ -306,10 +306,20 @@ def hashed_fraction(text: str) -> float:
     return int.from_bytes(digest, "big") / 2**64
 
 
+def fingerprint(document: Document) -> str:
+    """The same for documents that differ only in case, white space and system prompt."""
+    if isinstance(document, str):
+        return " ".join(document.lower().split())
+    turns = [message for message in document if message.get("role") != "system"]
+    return "\n".join(f"{m.get('role')}: {fingerprint(m.get('content') or '')}" for m in turns)
+
+
 def is_held_out(document: Document, fraction: float) -> bool:
-    """Whether a document belongs to validation. Copies always fall on the same side."""
-    text = document if isinstance(document, str) else json.dumps(document, sort_keys=True)
-    return hashed_fraction(text) < fraction
+    """Whether a document belongs to validation, in whatever stage it is met.
+
+    Copies fall on the same side, and so do conversations that differ in their system prompt alone.
+    """
+    return hashed_fraction(fingerprint(document)) < fraction
 
 
 @dataclass

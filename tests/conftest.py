@@ -124,7 +124,6 @@ def raw(data: Path) -> dict[str, Any]:
             "epochs": 2,
             "data": {
                 "folder": str(data.parent / "sft"),
-                "validation_fraction": 0.1,
                 "sources": [{"name": "talk", "label": "talk", "repeat": 1}],
             },
         },

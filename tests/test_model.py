@@ -1,0 +1,504 @@
+"""Tests of the transformer, against Hugging Face's Llama and against itself by other means."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import model as model_module
+from hamner.recipe import load_recipe
+from model import IGNORE_INDEX, KVCache, ModelConfig, Transformer, attend
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+TINY = load_recipe(str(RECIPES / "tiny.yaml")).model.config()
+SMALL = ModelConfig(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=80,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=48,
+)
+# Nothing here has Llama's default value, so that a setting which never arrives is seen.
+UNUSUAL = ModelConfig(
+    vocab_size=97,
+    hidden_size=60,
+    intermediate_size=52,
+    num_hidden_layers=3,
+    num_attention_heads=5,
+    num_key_value_heads=1,
+    max_position_embeddings=64,
+    rope_theta=500.0,
+    rms_norm_eps=0.03,
+    tie_word_embeddings=False,
+)
+SHAPES = {
+    "v4 with 2 layers": replace(ModelConfig(), num_hidden_layers=2),
+    "tiny": TINY,
+    "unusual": UNUSUAL,
+}
+
+
+def some_ids(config: ModelConfig, *shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_model(config: ModelConfig, seed: int = 0) -> Transformer:
+    """Weights so large that attention is far from even and positions count, and norms beside 1."""
+    torch.manual_seed(seed)
+    model = Transformer(config)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        else:
+            torch.nn.init.normal_(parameter, std=1.3 / math.sqrt(parameter.shape[1]))
+    return model
+
+
+def llama_with_weights_of(model: Transformer) -> LlamaForCausalLM:
+    """Hugging Face's Llama in the same shape, with the model's own tensors by name."""
+    settings = asdict(model.config)
+    theta = settings.pop("rope_theta")
+    with torch.device("meta"):
+        shell = LlamaForCausalLM(
+            LlamaConfig(**settings, rope_parameters={"rope_type": "default", "rope_theta": theta})
+        )
+    assert dict(shell.named_parameters()).keys() == dict(model.named_parameters()).keys()
+    llama = LlamaForCausalLM(shell.config).eval()
+    report = llama.load_state_dict(model.state_dict(), strict=True, assign=True)
+    assert not report.missing_keys and not report.unexpected_keys
+    return llama
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small run fastest on one thread, above all where other programs run too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@dataclass
+class Pair:
+    model: Transformer
+    llama: LlamaForCausalLM
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+
+@pytest.fixture(scope="module", params=SHAPES.values(), ids=SHAPES.keys())
+def pair(request: pytest.FixtureRequest) -> Pair:
+    model = random_model(request.param).requires_grad_(False)
+    return Pair(model, llama_with_weights_of(model).requires_grad_(False))
+
+
+@pytest.fixture
+def small() -> Transformer:
+    return random_model(SMALL)
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
+
+
+def gradients(model: Transformer, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss().backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == dict(model.named_parameters()).keys()
+    return found
+
+
+def head_rows(model: Transformer) -> list[int]:
+    """How many rows each later call of the language-model head gets, as the calls come."""
+    rows: list[int] = []
+
+    def count(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        rows.append(inputs[0].shape[:-1].numel())
+
+    model.lm_head.register_forward_pre_hook(count)
+    return rows
+
+
+# Size
+
+
+def real_parameters(config: ModelConfig) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in Transformer(config).parameters())
+
+
+def test_the_default_model_has_the_163_609_344_parameters_of_v4() -> None:
+    assert load_recipe(str(RECIPES / "v4.yaml")).model.config() == ModelConfig()
+    assert real_parameters(ModelConfig()) == 163_609_344
+    assert ModelConfig().num_parameters() == 163_609_344
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("config", [ModelConfig(), TINY, UNUSUAL], ids=["v4", "tiny", "unusual"])
+def test_the_parameter_count_is_that_of_the_real_model(config: ModelConfig, tied: bool) -> None:
+    config = replace(config, tie_word_embeddings=tied)
+    assert config.num_parameters() == real_parameters(config)
+    other = replace(config, tie_word_embeddings=not tied)
+    difference = config.vocab_size * config.hidden_size
+    assert abs(config.num_parameters() - other.num_parameters()) == difference
+
+
+def test_flops_count_six_per_matrix_weight_and_the_attention() -> None:
+    with torch.device("meta"):
+        model = Transformer(UNUSUAL)
+    matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2)
+    matrices -= model.model.embed_tokens.weight.numel()  # looked up, not multiplied
+    assert UNUSUAL.matmul_parameters() == matrices
+    assert UNUSUAL.flops_per_token(10) == 6 * matrices + 12 * 3 * 60 * 10
+
+
+# Hugging Face's Llama as the reference
+
+
+def test_logits_and_loss_equal_llama(pair: Pair) -> None:
+    ids = some_ids(pair.config, 2, 40)
+    expected = pair.llama(ids, labels=ids)
+    assert expected.logits.std() > 0.1
+    close(pair.model(ids).logits, expected.logits)
+    close(pair.model(ids, labels=ids).loss, expected.loss)
+
+
+def test_loss_equals_llama_where_some_labels_are_ignored(pair: Pair) -> None:
+    ids = some_ids(pair.config, 2, 40)
+    labels = ids.clone()
+    labels[0, :25] = IGNORE_INDEX
+    labels[1, 3::2] = IGNORE_INDEX
+    close(pair.model(ids, labels=labels).loss, pair.llama(ids, labels=labels).loss)
+
+
+def test_only_the_last_positions_get_logits_on_request(pair: Pair) -> None:
+    ids = some_ids(pair.config, 2, 9)
+    kept = pair.model(ids, logits_to_keep=2).logits
+    close(kept, pair.llama(ids).logits[:, -2:])
+
+
+# Cache
+
+
+def test_decoding_one_by_one_after_a_prefill_equals_no_cache_and_llama(pair: Pair) -> None:
+    ids = some_ids(pair.config, 2, 20)
+    cache = KVCache(pair.config, batch_size=2, max_length=20)
+    pieces = [pair.model(ids[:, :7], cache=cache).logits]
+    for t in range(7, 20):
+        pieces.append(pair.model(ids[:, t : t + 1], cache=cache).logits)
+        assert cache.length == t + 1
+    cached = torch.cat(pieces, dim=1)
+    close(cached, pair.model(ids).logits)
+    close(cached, pair.llama(ids).logits)
+
+
+def test_a_prefill_in_chunks_equals_no_cache_and_llama(pair: Pair) -> None:
+    ids = some_ids(pair.config, 2, 20)
+    cache = KVCache(pair.config, batch_size=2)
+    chunks = [pair.model(chunk, cache=cache).logits for chunk in (ids[:, :6], ids[:, 6:])]
+    close(torch.cat(chunks, dim=1), pair.model(ids).logits)
+    close(torch.cat(chunks, dim=1), pair.llama(ids).logits)
+
+
+def test_a_cache_cut_back_continues_as_if_the_rest_had_never_been(pair: Pair) -> None:
+    first, second = some_ids(pair.config, 1, 18, seed=1), some_ids(pair.config, 1, 18, seed=2)
+    cache = KVCache(pair.config)
+    pair.model(first, cache=cache)
+    cache.length = 5
+    joined = torch.cat([first[:, :5], second[:, 5:]], dim=1)
+    expected = pair.llama(joined).logits
+    close(pair.model(joined[:, 5:9], cache=cache).logits, expected[:, 5:9])
+    for t in range(9, 18):
+        close(pair.model(joined[:, t : t + 1], cache=cache).logits, expected[:, t : t + 1])
+
+
+def test_grouped_and_repeated_heads_attend_alike() -> None:
+    """On a GPU the grouped kernel runs, on a CPU each key/value head is repeated."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 6, 9, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    close(attend(q, k, v, mask=None, causal=True), expected, 1e-6)
+
+
+# Packing
+
+LENGTHS = (9, 1, 14, 6)  # of the packed sequences; then comes padding
+PADDING = 5
+
+
+@dataclass
+class Packed:
+    ids: Tensor  # (1, T)
+    labels: Tensor  # (1, T), some of them ignored
+    sequence_ids: Tensor  # (1, T), -1 for padding
+    parts: list[slice]  # where each sequence lies
+
+
+def packed_row() -> Packed:
+    total = sum(LENGTHS) + PADDING
+    ids = some_ids(SMALL, 1, total, seed=3)
+    labels = ids.clone()
+    labels[0, 3:6] = IGNORE_INDEX
+    labels[0, -PADDING:] = IGNORE_INDEX
+    sequence_ids = torch.full((1, total), -1)
+    parts, begin = [], 0
+    for number, length in enumerate(LENGTHS):
+        parts.append(slice(begin, begin + length))
+        sequence_ids[0, begin : begin + length] = number
+        begin += length
+    return Packed(ids, labels, sequence_ids, parts)
+
+
+def packed_loss(model: Transformer, row: Packed, reduction: str) -> Tensor:
+    output = model(row.ids, row.labels, sequence_ids=row.sequence_ids, reduction=reduction)
+    return output.loss
+
+
+def losses_alone(model: Transformer, row: Packed) -> list[Tensor]:
+    """The loss of every token of each sequence, each in a call of its own."""
+    return [
+        model(row.ids[:, part], row.labels[:, part], reduction="none").loss[0] for part in row.parts
+    ]
+
+
+def test_packed_sequences_have_the_losses_that_they_have_alone(small: Transformer) -> None:
+    row = packed_row()
+    packed = packed_loss(small, row, "none")[0]
+    alone = losses_alone(small, row)
+    for part, expected in zip(row.parts, alone, strict=True):
+        close(packed[part], expected, 1e-5)
+    assert (packed[-PADDING:] == 0).all()
+    everything = torch.cat(alone)
+    close(packed_loss(small, row, "sum"), everything.sum(), 1e-4)
+    close(packed_loss(small, row, "mean"), everything.sum() / (everything != 0).sum(), 1e-5)
+
+
+def test_packed_sequences_have_the_gradients_that_they_have_alone(small: Transformer) -> None:
+    row = packed_row()
+    packed = gradients(small, lambda: packed_loss(small, row, "sum"))
+    alone = gradients(small, lambda: torch.cat(losses_alone(small, row)).sum())
+    for name, expected in alone.items():
+        close(packed[name], expected, 1e-5 * float(1 + expected.abs().max()))
+
+
+def test_no_loss_is_taken_across_a_border_between_sequences(small: Transformer) -> None:
+    row = packed_row()
+    row.labels = row.ids  # every token asks for a loss; a sequence's first one can't have it
+    losses = packed_loss(small, row, "none")[0]
+    firsts = [part.start for part in row.parts] + [sum(LENGTHS)]
+    assert (losses == 0).nonzero().flatten().tolist() == firsts
+
+
+@pytest.mark.parametrize("changed", [0, 1, 2, 3])
+def test_a_token_leaves_other_packed_sequences_bit_identical(
+    small: Transformer, changed: int
+) -> None:
+    row = packed_row()
+    before = packed_loss(small, row, "none")[0]
+    own = row.parts[changed]
+    ids = row.ids.clone()
+    ids[0, own.start] = (ids[0, own.start] + 1) % SMALL.vocab_size
+    after = packed_loss(small, replace(row, ids=ids), "none")[0]
+    for part in row.parts:
+        if part != own:
+            assert torch.equal(after[part], before[part])
+    if own.stop - own.start > 1:
+        assert not torch.equal(after[own], before[own])
+
+
+# Causality and labels
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_logit_depends_on_no_later_position(small: Transformer, cached: bool) -> None:
+    embedded: list[Tensor] = []
+    small.model.embed_tokens.register_forward_hook(lambda *call: embedded.append(call[2]))
+    ids = some_ids(SMALL, 1, 12)
+    for t in (0, 5, 11):
+        cache = KVCache(SMALL) if cached else None
+        logits = small(ids, cache=cache).logits
+        (gradient,) = torch.autograd.grad(logits[0, t].square().sum(), embedded[-1])
+        sizes = gradient[0].abs().amax(-1)
+        assert (sizes[t + 1 :] == 0).all()
+        assert (sizes[: t + 1] > 0).all()
+
+
+def test_each_loss_stands_where_its_label_stands(small: Transformer) -> None:
+    ids = some_ids(SMALL, 2, 15)
+    losses = small(ids, labels=ids, reduction="none").loss
+    log_p = small(ids).logits.log_softmax(-1)
+    expected = -log_p[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
+    close(losses[:, 1:], expected, 1e-5)
+    assert (losses[:, 0] == 0).all()
+
+
+def test_ignored_labels_cost_no_logits(small: Transformer) -> None:
+    ids = some_ids(SMALL, 3, 20)
+    labels = torch.full_like(ids, IGNORE_INDEX)
+    labels[0, 0] = ids[0, 0]  # nothing stands before it, so there is nothing to predict it from
+    labels[0, 4:8] = ids[0, 4:8]
+    labels[2, -1] = ids[2, -1]
+    rows = head_rows(small)
+    losses = small(ids, labels=labels, reduction="none").loss
+    assert sum(rows) == 5 == int((losses != 0).sum())
+
+
+def test_labels_may_be_the_very_tensor_of_the_inputs(small: Transformer) -> None:
+    ids = some_ids(SMALL, 2, 20)
+    for reduction in ("mean", "sum", "none"):
+        same = small(ids, labels=ids, reduction=reduction).loss
+        assert torch.equal(same, small(ids, labels=ids.clone(), reduction=reduction).loss)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_loss_in_chunks_is_the_same_loss(
+    small: Transformer, monkeypatch: pytest.MonkeyPatch, reduction: str
+) -> None:
+    ids = some_ids(SMALL, 3, 30)
+    labels = ids.clone()
+    labels[1, 4:9] = IGNORE_INDEX
+    whole = small(ids, labels, reduction=reduction).loss
+    expected = gradients(small, lambda: small(ids, labels, reduction=reduction).loss)
+    monkeypatch.setattr(model_module, "MAX_LOGITS", 7 * SMALL.vocab_size + 1)
+    rows = head_rows(small)
+    close(small(ids, labels, reduction=reduction).loss, whole, 1e-4)
+    assert max(rows) == 7 and sum(rows) == 3 * 29 - 5
+    actual = gradients(small, lambda: small(ids, labels, reduction=reduction).loss)
+    for name, gradient in expected.items():
+        close(actual[name], gradient, 1e-5 * float(1 + gradient.abs().max()))
+
+
+# The label shift. On the cycle 0, 1, 2, ..., CYCLE - 1, 0, ... the next token is one more than
+# this one and the next but one is two more: which of them a model learns tells how often the
+# labels were shifted on their way to the loss.
+
+CYCLE = 11
+
+
+def steps_ahead(take_batch: Callable[[Tensor], tuple[Tensor, Tensor]]) -> set[int]:
+    """Train on the cycle; by how many steps the greedy prediction is ahead of its token."""
+    torch.manual_seed(0)
+    model = Transformer(replace(SMALL, vocab_size=CYCLE))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    starts = torch.arange(CYCLE)[:, None]
+    ids = (starts + torch.arange(16)) % CYCLE  # (CYCLE, 16)
+    for _ in range(60):
+        inputs, labels = take_batch(ids)
+        loss = model(inputs, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1
+    with torch.no_grad():
+        predicted = model(ids).logits.argmax(-1)
+    return set(((predicted - ids) % CYCLE).flatten().tolist())
+
+
+def test_trained_with_its_inputs_as_labels_the_model_predicts_the_next_token() -> None:
+    assert steps_ahead(lambda ids: (ids, ids)) == {1}
+    assert steps_ahead(lambda ids: (ids, ids.clone())) == {1}
+
+
+def test_labels_shifted_once_more_by_hand_would_teach_the_next_but_one_token() -> None:
+    assert steps_ahead(lambda ids: (ids[:, :-1], ids[:, 1:])) == {2}
+
+
+# Initialisation
+
+
+@pytest.mark.parametrize("config", [SHAPES["v4 with 2 layers"], TINY], ids=["v4", "tiny"])
+def test_a_fresh_model_is_as_good_as_guessing(config: ModelConfig) -> None:
+    torch.manual_seed(0)
+    model = Transformer(config)
+    ids = some_ids(config, 2, 100)
+    with torch.no_grad():
+        loss = model(ids, labels=ids).loss
+    assert loss == pytest.approx(math.log(config.vocab_size), abs=0.5)
+
+
+def test_weights_start_at_002_and_residual_projections_smaller() -> None:
+    torch.manual_seed(0)
+    layers = 8
+    config = replace(TINY, num_hidden_layers=layers, tie_word_embeddings=False)
+    names = []
+    for name, parameter in Transformer(config).named_parameters():
+        if parameter.dim() == 1:
+            assert (parameter == 1).all(), name
+            continue
+        residual = ".o_proj." in name or ".down_proj." in name
+        expected = 0.02 / math.sqrt(2 * layers) if residual else 0.02
+        assert parameter.std().item() == pytest.approx(expected, rel=0.04), name
+        assert abs(parameter.mean().item()) < 0.05 * expected, name
+        names += [name] * residual
+    assert len(names) == 2 * layers
+
+
+def test_tied_embeddings_are_one_tensor() -> None:
+    tied = Transformer(SMALL)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    untied = Transformer(replace(SMALL, tie_word_embeddings=False))
+    assert not torch.equal(untied.lm_head.weight, untied.model.embed_tokens.weight)
+
+
+# Bad arguments
+
+
+def test_too_many_positions_are_refused(small: Transformer) -> None:
+    small(some_ids(SMALL, 1, 48))
+    with pytest.raises(ValueError, match="49 positions, but there is room for 48"):
+        small(some_ids(SMALL, 1, 49))
+
+
+def test_a_cache_that_would_overflow_is_refused_and_stays_usable(small: Transformer) -> None:
+    cache = KVCache(SMALL, max_length=10)
+    ids = some_ids(SMALL, 1, 10)
+    small(ids[:, :8], cache=cache)
+    with pytest.raises(ValueError, match="11 positions, but there is room for 10"):
+        small(ids[:, :3], cache=cache)
+    assert cache.length == 8
+    close(small(ids[:, 8:], cache=cache).logits, small(ids).logits[:, 8:])
+
+
+def test_a_cache_longer_than_the_context_does_not_lengthen_the_context(small: Transformer) -> None:
+    cache = KVCache(SMALL, max_length=100)
+    small(some_ids(SMALL, 1, 48), cache=cache)
+    with pytest.raises(ValueError, match="49 positions, but there is room for 48"):
+        small(some_ids(SMALL, 1, 1), cache=cache)
+
+
+def test_sequence_ids_together_with_a_cache_are_refused(small: Transformer) -> None:
+    ids = some_ids(SMALL, 1, 4)
+    with pytest.raises(ValueError, match=r"cache .* sequence_ids"):
+        small(ids, sequence_ids=torch.zeros_like(ids), cache=KVCache(SMALL))
+
+
+def test_an_unknown_reduction_is_refused(small: Transformer) -> None:
+    ids = some_ids(SMALL, 1, 4)
+    with pytest.raises(ValueError, match="mean, sum or none, got 'average'"):
+        small(ids, labels=ids, reduction="average")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "text"),
+    [
+        ({"hidden_size": 30, "num_attention_heads": 4}, r"hidden_size \(30\) .* \(4\)"),
+        ({"hidden_size": 12, "num_attention_heads": 4}, r"hidden_size \(12\) .* even .* \(4\)"),
+        ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) .* num_key_value_heads \(3\)"),
+    ],
+)
+def test_heads_that_do_not_divide_are_refused(sizes: dict[str, int], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        replace(SMALL, **sizes)
