@@ -7,14 +7,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: demo test lint
 
 demo: .venv/runtime        ## all five stages on a CPU, offline, then a conversation
-	$(PY) generate_sft_v3.py --plain \
-		--out data/tiny/conversations.jsonl --pairs data/tiny/pairs.jsonl
+	$(PY) generate_sft_v3.py --plain --out data/tiny/conversations.jsonl --pairs data/tiny/pairs.jsonl
 	$(PY) prepare_sft_data.py --recipe tiny
-	$(PY) train_pretrain.py --recipe tiny --fresh
-	$(PY) train_pretrain.py --recipe tiny --stage anneal --fresh
-	$(PY) train_chat_pretrain.py --recipe tiny --fresh
-	$(PY) train_sft.py --recipe tiny --fresh
-	$(PY) train_dpo.py --recipe tiny --fresh
+	$(PY) train_pretrain.py --recipe tiny
+	$(PY) train_pretrain.py --recipe tiny --stage anneal
+	$(PY) train_chat_pretrain.py --recipe tiny
+	$(PY) train_sft.py --recipe tiny
+	$(PY) train_dpo.py --recipe tiny
+	printf '%s\n' hello 'who made you?' 'what is 15 + 23?' | $(PY) chat.py --recipe tiny --temp 0
 	$(PY) chat.py --recipe tiny
 
 test: .venv/dev            ## the whole test suite; no network, no GPU

@@ -199,6 +199,8 @@ def talk(chat: Chat) -> None:
                 print("bye")
                 return
         elif line:
+            if not interactive:
+                print(f"You: {line}")
             print("Al: ", end="", flush=True)
             say(chat, line)
 

@@ -48,6 +48,7 @@ SUM_KINDS = {"plus": 26, "minus": 24, "divide": 20, "percent": 10, "story": 20}
 PLAIN = ("greetings", "identity", "math")
 PLAIN_SUMS = 60
 PLAIN_PHRASINGS = 4
+PLAIN_CHAINED_SHARE = 0.2
 SIZES = (10, 20, 20, 50, 100, 100, 500)
 PERCENTAGES = (5, 10, 10, 20, 25, 30, 40, 50, 50, 60, 75, 80, 90)
 NUMBER = re.compile(r"\d+")
@@ -185,9 +186,10 @@ def _plain_sums(rng: random.Random) -> Iterator[Draft]:
     facts += [("plus", a, b) for a, b in rng.sample(pairs, PLAIN_SUMS)]
     for op, a, b in dict.fromkeys(exact + facts):
         kind = words[op]
-        # The first phrasing comes with every sum, so that the exact turns are among them.
-        for ask in [kind["ask"][0], *rng.sample(kind["ask"][1:], PLAIN_PHRASINGS - 1)]:
-            yield _sum(op, a, b, ask, kind["say"][0], exact=True)
+        first, *others = kind["ask"]
+        yield _sum(op, a, b, first, kind["say"][0], exact=(op, a, b) in exact)
+        for ask in rng.sample(others, PLAIN_PHRASINGS - 1):
+            yield _sum(op, a, b, ask, kind["say"][0])
 
 
 def _other_sums(rng: random.Random) -> Iterator[Draft]:
@@ -264,14 +266,28 @@ def plain_conversations(seed: int = 42, categories: Collection[str] = PLAIN) -> 
     """Return a set that a model of a million parameters can hold.
 
     Each question has one answer whatever its phrasing, there are no system prompts and no remarks,
-    and every sum is asked in several ways.
+    every sum is asked in several ways, and some conversations run on from one question to another.
     """
     _check_categories(categories)
     rng = random.Random(seed)
     drafts = [draft for name in categories if name != "math" for draft in _plain(name, rng)]
     drafts += list(_plain_sums(rng)) if "math" in categories else []
     rng.shuffle(drafts)
+    drafts = _chained(drafts, rng)
     return [_finished(replace(draft, exact=True), rng) for draft in drafts]
+
+
+def _chained(drafts: list[Draft], rng: random.Random) -> list[Draft]:
+    """Join a share of the drafts into conversations of two or three questions."""
+    kept, loose = [], []
+    for draft in drafts:
+        chained = rng.random() < PLAIN_CHAINED_SHARE and not draft.exact
+        (loose if chained else kept).append(draft)
+    while loose:
+        chain = [loose.pop() for _ in range(min(len(loose), rng.randint(2, 3)))]
+        kept.append(Draft(chain[-1].category, [turn for draft in chain for turn in draft.turns]))
+    rng.shuffle(kept)
+    return kept
 
 
 def _plain(category: str, rng: random.Random) -> Iterator[Draft]:

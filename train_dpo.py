@@ -9,6 +9,7 @@ first step, and kept in the checkpoint. Chosen and rejected answers are packed i
 from __future__ import annotations
 
 import functools
+import hashlib
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,9 +24,9 @@ from tqdm import tqdm
 from hamner.batches import Batch, Example, MicroBatch, make_example, pack, packed_tensors
 from hamner.errors import UserError, run
 from hamner.recipe import Recipe
-from hamner.sources import Row, hashed_fraction, open_source
+from hamner.sources import Row, is_held_out, open_source
 from hamner.stage import Start, open_stage, stage_parser
-from hamner.tokenization import Message, Tokenizer
+from hamner.tokenization import Message, Tokenizer, check_message
 from hamner.training import Task, Validation, autocast
 from model import IGNORE_INDEX, Transformer
 
@@ -55,6 +56,8 @@ def make_pair(row: Row, tokenizer: Tokenizer, room: int) -> Pair | str:
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if not (isinstance(chosen, list) and isinstance(rejected, list) and chosen and rejected):
         raise UserError("preference rows need message lists in columns chosen and rejected")
+    for message in (*chosen, *rejected):
+        check_message(message)
     if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
         return "not ending with an answer"
     if chosen[:-1] != rejected[:-1]:
@@ -81,12 +84,12 @@ def read_pairs(recipe: Recipe, tokenizer: Tokenizer, side: str, at_most: int) ->
     pairs: list[Pair] = []
     left_out: Counter[str] = Counter()
     for row, _ in open_source(name, recipe).rows(0, None):
-        if shared and is_validation(row, recipe.held_out_fraction) != (side == "validation"):
-            continue
         try:
             pair = make_pair(row, tokenizer, settings.sequence_length)
-        except (UserError, KeyError, TypeError) as error:
+        except UserError as error:
             raise UserError(f"source {name!r}: not a preference pair ({error})") from None
+        if shared and is_validation(row, recipe.held_out_fraction) != (side == "validation"):
+            continue
         if isinstance(pair, str):
             left_out[pair] += 1
             continue
@@ -101,8 +104,7 @@ def read_pairs(recipe: Recipe, tokenizer: Tokenizer, side: str, at_most: int) ->
 
 
 def is_validation(row: Row, fraction: float) -> bool:
-    prompt = "\n".join(str(message.get("content")) for message in row["chosen"][:-1])
-    return hashed_fraction(prompt) < fraction
+    return is_held_out(row["chosen"][:-1], fraction)
 
 
 # ------------------------------------------------------------------------------ batches
@@ -227,20 +229,32 @@ def reference_log_probabilities(start: Start, pairs: Sequence[Pair], side: str) 
     return torch.cat(parts, dim=1)
 
 
-def references(start: Start, sides: dict[str, list[Pair]]) -> dict[str, Tensor]:
+def fingerprint(pairs: Sequence[Pair]) -> str:
+    """A digest of all tokens of all pairs, in order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for pair in pairs:
+        for example in (pair.chosen, pair.rejected):
+            digest.update(len(example).to_bytes(4, "little") + example.input_ids.tobytes())
+    return digest.hexdigest()
+
+
+def references(start: Start, sides: dict[str, list[Pair]]) -> dict[str, Any]:
     """Reference log-probabilities of both sides: from the checkpoint of this run, or computed.
 
     Raises:
         UserError: the run began with other pairs.
     """
+    digests = {f"{side}_pairs": fingerprint(pairs) for side, pairs in sides.items()}
     if start.resume is None:
-        return {s: reference_log_probabilities(start, pairs, s) for s, pairs in sides.items()}
+        computed = {s: reference_log_probabilities(start, pairs, s) for s, pairs in sides.items()}
+        return {**computed, **digests}
     kept = start.resume["extra"]["reference"]
     for side, pairs in sides.items():
-        if kept[side].shape[1] != len(pairs):
+        if kept[f"{side}_pairs"] != digests[f"{side}_pairs"]:
             raise UserError(
-                f"this run began with {kept[side].shape[1]:,} {side} pairs, now there are "
-                f"{len(pairs):,}: bring the old data back, or begin anew with --fresh"
+                f"this run began with {kept[side].shape[1]:,} {side} pairs, and these "
+                f"{len(pairs):,} are not the same: bring the old data back, or begin anew with "
+                "--fresh"
             )
     return kept
 

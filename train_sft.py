@@ -15,10 +15,9 @@ from typing import Any
 
 from hamner.batches import Batch, Example, PackedBatches, make_example, pack, packed_batch
 from hamner.errors import UserError, run
-from hamner.recipe import Recipe
 from hamner.sources import read_file
-from hamner.stage import Start, open_stage, stage_parser
-from hamner.tokenization import Tokenizer
+from hamner.stage import Start, command, open_stage, stage_parser
+from hamner.tokenization import Tokenizer, check_message
 from hamner.training import Task, Validation, language_modelling
 from model import IGNORE_INDEX
 
@@ -35,8 +34,9 @@ class Conversations:
 
 def fit(tokenizer: Tokenizer, messages: list[dict[str, str]], room: int) -> Example | None:
     """The conversation with as many of its turns, from the first on, as fit; None if no answer."""
+    roles = [check_message(message)[0] for message in messages]
     for end in range(len(messages), 0, -1):
-        if messages[end - 1]["role"] == "assistant":
+        if roles[end - 1] == "assistant":
             ids, labels = tokenizer.chat(messages[:end])
             if len(ids) <= room:
                 return make_example(ids, labels)
@@ -55,14 +55,15 @@ def read_conversations(path: Path, tokenizer: Tokenizer, room: int, command: str
     for number, row in read_file(path):
         try:
             example = fit(tokenizer, row["messages"], room)
-        except (KeyError, TypeError, UserError) as error:
+            repeat = int(row.get("repeat", 1))
+        except (KeyError, TypeError, ValueError, UserError) as error:
             raise UserError(f"{path}, line {number + 1}: not a conversation ({error})") from None
         if example is None or (example.labels == IGNORE_INDEX).all():
             found.without_answer += 1
             continue
         found.shortened += len(example) < len(tokenizer.chat(row["messages"])[0])
         found.examples.append(example)
-        found.repeats.append(int(row.get("repeat", 1)))
+        found.repeats.append(repeat)
     if not found.examples:
         raise UserError(f"{path}: not one conversation with an answer to learn from")
     return found
@@ -80,7 +81,7 @@ def report(path: Path, found: Conversations, room: int) -> None:
 def sft_task(start: Start) -> Task:
     recipe, settings = start.recipe, start.recipe.sft
     room = settings.sequence_length
-    train, held_out = (load_side(recipe, start.tokenizer, side) for side in ("train", "validation"))
+    train, held_out = (load_side(start, side) for side in ("train", "validation"))
 
     def packed(state: dict[str, Any] | None) -> PackedBatches:
         return PackedBatches(
@@ -114,11 +115,11 @@ def sft_task(start: Start) -> Task:
     )
 
 
-def load_side(recipe: Recipe, tokenizer: Tokenizer, side: str) -> Conversations:
-    path = Path(recipe.sft.data.folder) / f"{side}.jsonl"
-    room = recipe.sft.sequence_length
-    name = f" --recipe {recipe.name}" if recipe.name != "v4" else ""
-    found = read_conversations(path, tokenizer, room, f"python prepare_sft_data.py{name}")
+def load_side(start: Start, side: str) -> Conversations:
+    path = Path(start.recipe.sft.data.folder) / f"{side}.jsonl"
+    room = start.recipe.sft.sequence_length
+    prepare = command("prepare", start.recipe_name)
+    found = read_conversations(path, start.tokenizer, room, prepare)
     report(path, found, room)
     return found
 

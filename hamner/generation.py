@@ -51,7 +51,8 @@ def choose(
     if sampling.temperature == 0:
         return int(logits.argmax())
     logits = penalise(logits.float(), answer, sampling.repetition_penalty)
-    logits = filtered(logits / sampling.temperature, sampling.top_k, sampling.top_p)
+    logits = (logits - logits.max()) / max(sampling.temperature, 1e-6)  # the best one stays at 0
+    logits = filtered(logits, sampling.top_k, sampling.top_p)
     return int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
 
 
@@ -70,7 +71,10 @@ def generate_ids(
         raise ValueError(f"a prompt of {len(prompt)} tokens leaves no room for an answer")
     weight = model.lm_head.weight
     generator = torch.Generator(device=weight.device)
-    generator.manual_seed(torch.seed() if sampling.seed is None else sampling.seed)
+    if sampling.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(sampling.seed)
     count = min(room, sampling.max_new_tokens)
     cache = KVCache(model.config, 1, len(prompt) + count, weight.dtype, weight.device)
     answer: list[int] = []
@@ -109,11 +113,13 @@ def fit_context(
     system prompt and the last turn stay.
 
     Raises:
-        ValueError: system prompt and last turn alone don't fit.
+        ValueError: system prompt and last turn alone don't fit, or there is no user message.
     """
     system = [message for message in messages[:1] if message["role"] == "system"]
     rest = list(messages[len(system) :])
     begins = [i for i, message in enumerate(rest) if message["role"] == "user"]
+    if not begins:
+        raise ValueError("a prompt needs a user message")
     for begin in begins:
         kept = [*system, *rest[begin:]]
         ids, _ = tokenizer.chat(kept, answer_next=True)

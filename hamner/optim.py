@@ -19,7 +19,9 @@ def learning_rate(step: int, steps: int, peak: float, schedule: SchedulePart) ->
     """
     if step < schedule.warmup:
         return peak * (step + 1) / schedule.warmup
-    decay = schedule.decay if schedule.kind == "wsd" else steps - schedule.warmup
+    decay = steps - schedule.warmup
+    if schedule.kind == "wsd":
+        decay = min(decay, schedule.decay)
     if decay <= 0:
         return peak
     progress = min(1.0, max(0.0, (step - (steps - decay)) / decay))

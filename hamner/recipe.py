@@ -59,11 +59,11 @@ class ModelPart(Part):
 
 
 class TrainedTokenizer(Part):
-    """A byte-level BPE trained on the first documents of some of the recipe's sources."""
+    """A byte-level BPE trained on the beginnings of some of the recipe's sources."""
 
     train_on: list[str] = Field(min_length=1)
     vocab_size: Count
-    documents: Count  # per source
+    characters: Count  # so many of each source, at least
 
 
 class TokenizerPart(Part):
@@ -396,6 +396,8 @@ def _descend(place: Any, step: str | int, following: str | int, override: str) -
             place[step] = {}  # laid over `common`, or an unknown key that validation will name
         if isinstance(place.get(step), (dict, list)):
             return place[step]
+    if isinstance(place, list):
+        raise UserError(f"--set {override}: there is no [{step}] in a list of {len(place)}")
     raise UserError(f"--set {override}: there is nothing below {step!r}")
 
 

@@ -262,7 +262,7 @@ def package_files() -> tuple[Path, ...]:
     for kind, left_out in (("stdlib", skipped | {"site-packages"}), ("purelib", skipped)):
         root = Path(sysconfig.get_path(kind))
         for path in root.rglob("*.py"):
-            if not left_out & set(path.relative_to(root).parts) and path.stat().st_size < 200_000:
+            if not left_out & set(path.relative_to(root).parts) and path.stat().st_size < 50_000:
                 files.add(path)
     return tuple(sorted(files))
 

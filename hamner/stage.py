@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from hamner.batches import (
 from hamner.errors import UserError
 from hamner.plan import print_plan
 from hamner.recipe import Recipe, StreamStage, load_recipe
-from hamner.sources import check_sources, open_stream
+from hamner.sources import DocumentStream, check_sources, open_stream
 from hamner.tokenization import Tokenizer
 from hamner.training import Task, Trainer, Validation, language_modelling, pick_device
 from model import Transformer
@@ -30,6 +30,7 @@ COMMANDS = {
     "base": "python train_pretrain.py --fresh",
     "anneal": "python train_pretrain.py --stage anneal",
     "chat": "python train_chat_pretrain.py",
+    "prepare": "python prepare_sft_data.py",
     "sft": "python train_sft.py",
     "dpo": "python train_dpo.py",
 }
@@ -66,6 +67,7 @@ class Start:
 
     stage: str
     recipe: Recipe
+    recipe_name: str  # as it was typed: a name or a path
     device: torch.device
     model: Transformer
     tokenizer: Tokenizer
@@ -108,7 +110,8 @@ def open_stage(stage: str, arguments: argparse.Namespace) -> Start | None:
         set_aside(stage, recipe)
     describe_start(stage, recipe, path, loaded, device)
     resume, previous = (loaded, None) if own else (None, loaded)
-    return Start(stage, recipe, device, model, tokenizer, resume, previous)
+    name: str = arguments.recipe
+    return Start(stage, recipe, name, device, model, tokenizer, resume, previous)
 
 
 def find_checkpoint(stage: str, recipe: Recipe, arguments: argparse.Namespace) -> Path | None:
@@ -139,7 +142,7 @@ def find_checkpoint(stage: str, recipe: Recipe, arguments: argparse.Namespace) -
 
 
 def command(stage: str, recipe: str) -> str:
-    """What to type to run a stage of a recipe, given as it was typed: a name or a path."""
+    """What to type to run a step of a recipe, which is named as it was typed: name or path."""
     return COMMANDS[stage] + (f" --recipe {recipe}" if recipe != "v4" else "")
 
 
@@ -186,14 +189,23 @@ def open_tokenizer(recipe: Recipe) -> Tokenizer:
     if spec.path is not None:
         return tokenization.from_path(Path(spec.path))
     assert spec.train is not None
-    texts = []
-    for name in spec.train.train_on:
-        documents = open_stream(name, recipe).in_order()
-        for _, document in zip(range(spec.train.documents), documents, strict=False):
-            turns = [document] if isinstance(document, str) else [m["content"] for m in document]
-            texts += turns
-    print(f"training a tokenizer on {len(texts):,} texts", flush=True)
+    print(f"training a tokenizer on {', '.join(spec.train.train_on)}", flush=True)
+    texts = [
+        text
+        for name in spec.train.train_on
+        for text in first_texts(open_stream(name, recipe), spec.train.characters)
+    ]
     return tokenization.train(texts, spec.train.vocab_size)
+
+
+def first_texts(documents: DocumentStream, characters: int) -> Iterator[str]:
+    """Texts and messages from the beginning of a source, until there are so many characters."""
+    for document in documents.in_order():
+        turns = [document] if isinstance(document, str) else [m["content"] for m in document]
+        yield from turns
+        characters -= sum(map(len, turns))
+        if characters <= 0:
+            return
 
 
 def check_vocabulary(tokenizer: Tokenizer, recipe: Recipe) -> None:

@@ -66,11 +66,13 @@ class Tokenizer:
         return id_
 
     def encode(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return self._backend.encode(_whole_characters(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Many texts at once, on all cores."""
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        encodings = self._backend.encode_batch_fast(
+            [_whole_characters(text) for text in texts], add_special_tokens=False
+        )
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -122,6 +124,15 @@ class Tokenizer:
         return self._backend.to_str()
 
 
+def _whole_characters(text: str) -> str:
+    r"""Text whose lone surrogates (JSON may hold "\ud83d") have become U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
 class TextStream:
     """Ids in, text out, never a broken UTF-8 character."""
 
@@ -136,6 +147,8 @@ class TextStream:
 
 def check_message(message: Message) -> tuple[str, str]:
     """Role and content of a message, or a UserError that says what is wrong with it."""
+    if not isinstance(message, Mapping):
+        raise UserError(f"a message must have a role and a content, got {message!r:.60}")
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise UserError(f"a message's role must be one of {', '.join(ROLES)}, got {role!r}")

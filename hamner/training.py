@@ -109,7 +109,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"--device {name}: give auto, cuda, cuda:1, mps or cpu") from None
-    if not available.get(device.type, False):
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if not available.get(device.type, False) or (device.index or 0) >= count:
         raise UserError(f"--device {name}: there is no such device here; leave it to auto")
     return device
 

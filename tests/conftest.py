@@ -15,7 +15,7 @@ import torch
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # workers share the cores
 
 WORDS = (
     "the a red old small dog cat bird tree house river stone sees finds takes keeps likes near "
@@ -90,7 +90,9 @@ def raw(data: Path) -> dict[str, Any]:
             "rope_theta": 10000, "rms_norm_eps": 1e-5, "initializer_range": 0.02,
             "tie_word_embeddings": True,
         },
-        "tokenizer": {"train": {"train_on": ["web", "talk"], "vocab_size": 320, "documents": 100}},
+        "tokenizer": {
+            "train": {"train_on": ["web", "talk"], "vocab_size": 320, "characters": 10_000}
+        },
         "system_prompt": "",
         "sampling": {
             "temperature": 0.7, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.1,

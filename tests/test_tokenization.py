@@ -231,6 +231,13 @@ def test_a_batch_is_encoded_like_its_texts_one_by_one(trained: Tokenizer, texts:
     assert trained.encode_batch(texts) == [trained.encode(text) for text in texts]
 
 
+def test_half_a_surrogate_pair_is_no_reason_to_break_down(trained: Tokenizer) -> None:
+    text = json.loads(r'"half an emoji: \ud83d"')  # as real JSON Lines files have it
+    trained.encode(text)
+    trained.documents([text])
+    trained.chat([{"role": "user", "content": text}])
+
+
 # Conversations
 
 
