@@ -25,7 +25,7 @@ from tqdm import tqdm
 from hamner.errors import UserError, run
 from hamner.recipe import Recipe, SFTSource, load_recipe
 from hamner.sources import Document, fingerprint, is_held_out, open_stream
-from hamner.tokenization import check_message
+from hamner.tokenization import check_message, whole_characters
 from hamner.tracking import write_text_whole
 
 Messages = list[dict[str, str]]
@@ -57,7 +57,7 @@ def clean(document: Document) -> Messages | str:
             return "malformed message"
         if not content.strip():
             return "empty message"
-        messages.append({"role": role, "content": content.strip()})
+        messages.append({"role": role, "content": whole_characters(content).strip()})
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
     roles = [message["role"] for message in messages]
@@ -81,7 +81,7 @@ def gather(recipe: Recipe, spec: SFTSource, seen: set[str]) -> Gathered:
                 gathered.dropped[reason] += 1
                 continue
             bar.update(1)
-            if bar.n == spec.at_most:
+            if len(gathered.kept) == spec.at_most:
                 break
     if not gathered.kept:
         raise UserError(f"source {spec.name!r}: not one conversation passed the filters")
@@ -100,7 +100,8 @@ def keep(
     if gathered.spec.max_characters is not None and size > gathered.spec.max_characters:
         return "too long"
     system = messages[0]["content"] if messages[0]["role"] == "system" else ""
-    key = hashlib.blake2b((system + fingerprint(messages)).encode(), digest_size=16).hexdigest()
+    words = f"{fingerprint(system)}\n{fingerprint(messages)}"
+    key = hashlib.blake2b(words.encode(), digest_size=16).hexdigest()
     if key in seen:
         return "copy"
     seen.add(key)
@@ -152,6 +153,7 @@ def main() -> int:
     for side in ("train", "validation"):
         if not any(getattr(part, side) for part in gathered):
             raise UserError(f"no conversation for {side}: change held_out_fraction in the recipe")
+    for side in ("train", "validation"):
         write_text_whole(folder / f"{side}.jsonl", lines(gathered, side))
     Console().print(summary(gathered))
     print(f"written to {folder}/train.jsonl and validation.jsonl")

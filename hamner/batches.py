@@ -109,7 +109,7 @@ class MixedBatches:
         drawn: Mapping[str, int] | None = None,
     ):
         self.streams = dict(streams)
-        self.weights = dict(weights)
+        self.weights = {name: weight / sum(weights.values()) for name, weight in weights.items()}
         self.sequence_length = sequence_length
         self.sequences_per_step = sequences_per_step
         self.micro_batch = micro_batch
@@ -133,7 +133,8 @@ class MixedBatches:
 
     def _sequence(self) -> np.ndarray:
         total = sum(self.drawn.values()) + 1
-        name = max(self.weights, key=lambda name: self.weights[name] * total - self.drawn[name])
+        behind = [name for name in self.weights if self.drawn[name] < self.weights[name] * total]
+        name = min(behind, key=lambda name: (self.drawn[name] + 1) / self.weights[name])
         self.drawn[name] += 1
         return self.streams[name].take(self.sequence_length)
 

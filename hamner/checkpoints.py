@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
+import re
 import shutil
 import time
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -15,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hamner import tokenization
-from hamner.errors import UserError
+from hamner.errors import UserError, first_line
 from hamner.recipe import CheckpointPart
 from hamner.tokenization import CHAT_TEMPLATE, Tokenizer
 from model import ModelConfig, Transformer
@@ -52,16 +55,17 @@ def write_whole(path: Path, checkpoint: Checkpoint) -> None:
     Raises:
         UserError: the disk is full or not writable; nothing at `path` has changed.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise UserError(f"can't write {path} ({error}); what was there before is intact") from None
 
 
@@ -82,13 +86,15 @@ def save_step(folder: Path, checkpoint: Checkpoint, retention: CheckpointPart) -
     write_whole(path, checkpoint)
     link_whole(path, folder / "latest.pt")
     for old in outdated(folder, retention):
-        old.unlink(missing_ok=True)
+        if old != path:
+            old.unlink(missing_ok=True)
     return path
 
 
 def outdated(folder: Path, retention: CheckpointPart) -> list[Path]:
     """Step files that are neither among the newest `keep_last` nor multiples of `keep_every`."""
-    steps = {int(path.stem.removeprefix("step_")): path for path in folder.glob("step_*.pt")}
+    named = ((re.fullmatch(r"step_(\d{7,})\.pt", path.name), path) for path in folder.iterdir())
+    steps = {int(match[1]): path for match, path in named if match}
     newest = sorted(steps)[-retention.keep_last :]
     return [
         path
@@ -106,14 +112,17 @@ def load(path: Path) -> Checkpoint:
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}")
     try:
+        if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f"wrong checksum of {part}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
             f"{path} is not a checkpoint of this project, or holds code beside data; not loaded"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} is damaged or cut short, and was not touched ({reason})") from None
+    except Exception as error:  # the unpickler raises many kinds
+        raise UserError(
+            f"{path} is damaged or cut short, and was not touched ({first_line(error)})"
+        ) from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this project (format {FORMAT})")
     return checkpoint

@@ -17,6 +17,11 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its kind if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Call a script's main; print a UserError as one sentence, and exit with main's code or 2."""
     try:

@@ -304,6 +304,8 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 
 def check_recipe(raw: dict[str, Any], where: str) -> Recipe:
     """Validate a recipe given as plain data; `where` names it in errors."""
+    if not isinstance(raw.get("common") or {}, dict):
+        raise UserError(f"{where}: common: must be a mapping of keys to values")
     try:
         return Recipe.model_validate(spread_common(raw))
     except ValidationError as error:
@@ -334,7 +336,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys to values, this is not")
-    return raw
+    return unshared(raw)
+
+
+def unshared(data: Any) -> Any:
+    """The data without YAML's & and *: no part of it is the same object as another."""
+    if isinstance(data, dict):
+        return {key: unshared(value) for key, value in data.items()}
+    return [unshared(value) for value in data] if isinstance(data, list) else data
 
 
 def spread_common(raw: dict[str, Any]) -> dict[str, Any]:
@@ -342,7 +351,7 @@ def spread_common(raw: dict[str, Any]) -> dict[str, Any]:
 
     A stage takes the fields that it has; a key that no stage has goes to all, to be refused.
     """
-    common = raw.get("common", {})
+    common = raw.get("common") or {}
     rest = {key: value for key, value in raw.items() if key != "common"}
     own = {stage: set(_stage_type(stage).model_fields) for stage in STAGES}
     known = set().union(*own.values())
@@ -381,14 +390,16 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     except yaml.YAMLError:
         raise UserError(f"--set {override}: {text!r} is not a YAML value") from None
     place: Any = raw
-    for step, following in itertools.pairwise(steps):
-        place = _descend(place, step, following, override)
+    for number, (step, following) in enumerate(itertools.pairwise(steps)):
+        place = _descend(place, step, following, override, known_keys(steps[:number]))
     if isinstance(place, list) and not (isinstance(steps[-1], int) and steps[-1] < len(place)):
         raise UserError(f"--set {override}: there is no {steps[-1]!r} in this list of {len(place)}")
     place[steps[-1]] = value
 
 
-def _descend(place: Any, step: str | int, following: str | int, override: str) -> Any:
+def _descend(
+    place: Any, step: str | int, following: str | int, override: str, known: list[str]
+) -> Any:
     if isinstance(place, list) and isinstance(step, int) and step < len(place):
         return place[step]
     if isinstance(place, dict) and isinstance(step, str):
@@ -398,7 +409,8 @@ def _descend(place: Any, step: str | int, following: str | int, override: str) -
             return place[step]
     if isinstance(place, list):
         raise UserError(f"--set {override}: there is no [{step}] in a list of {len(place)}")
-    raise UserError(f"--set {override}: there is nothing below {step!r}")
+    guess = nearest(step, known) if isinstance(step, str) and step not in known else ""
+    raise UserError(f"--set {override}: there is nothing below {step!r}{guess}")
 
 
 def describe(problem: Any, raw: dict[str, Any]) -> str:
@@ -407,7 +419,7 @@ def describe(problem: Any, raw: dict[str, Any]) -> str:
     if location[:1] == ["sources"]:
         del location[2:3]  # pydantic names the kind of source there
     if (
-        location
+        len(location) > 1
         and location[0] in STAGES
         and not _has(raw, location)
         and _has(raw, ["common", *location[1:]])

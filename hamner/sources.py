@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hamner.errors import UserError
+from hamner.errors import UserError, first_line
 from hamner.recipe import (
     AnySource,
     FileSource,
@@ -198,7 +198,7 @@ class Hub:
         except Exception as error:  # the hub client raises many kinds
             raise UserError(
                 f"source {self.name!r}: can't open {self.spec.dataset!r} on the hub "
-                f"({str(error).strip().splitlines()[0]}). Check name and network; if the dataset "
+                f"({first_line(error)}). Check name and network; if the dataset "
                 f"is gated, accept its terms at https://huggingface.co/datasets/{self.spec.dataset}"
                 " and log in with `hf auth login`"
             ) from None
@@ -310,8 +310,18 @@ def fingerprint(document: Document) -> str:
     """The same for documents that differ only in case, white space and system prompt."""
     if isinstance(document, str):
         return " ".join(document.lower().split())
-    turns = [message for message in document if message.get("role") != "system"]
-    return "\n".join(f"{m.get('role')}: {fingerprint(m.get('content') or '')}" for m in turns)
+    turns = [(role, text) for role, text in map(said, document) if role != "system"]
+    answers = [number for number, (role, _) in enumerate(turns) if role == "assistant"]
+    turns = turns[: answers[-1] + 1] if answers else turns  # stage 4 cuts off what has no answer
+    return "\n".join(f"{role}: {fingerprint(text)}" for role, text in turns)
+
+
+def said(message: Any) -> tuple[str, str]:
+    """Role and words of a message; empty where it isn't one."""
+    if not isinstance(message, dict):
+        return "", ""
+    role, content = message.get("role"), message.get("content")
+    return str(role), content if isinstance(content, str) else ""
 
 
 def is_held_out(document: Document, fraction: float) -> bool:
@@ -399,7 +409,7 @@ class DocumentStream:
             document = document.strip()
             size = len(document)
         else:
-            size = sum(len(message.get("content") or "") for message in document)
+            size = sum(len(said(message)[1]) for message in document)
         if size < max(1, self.spec.min_characters):
             return None
         return document if is_held_out(document, self.held_out_fraction) == self.held_out else None

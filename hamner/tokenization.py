@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from tokenizers.decoders import DecodeStream
 
-from hamner.errors import UserError
+from hamner.errors import UserError, first_line
 from model import IGNORE_INDEX
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -66,12 +66,12 @@ class Tokenizer:
         return id_
 
     def encode(self, text: str) -> list[int]:
-        return self._backend.encode(_whole_characters(text), add_special_tokens=False).ids
+        return self._backend.encode(whole_characters(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Many texts at once, on all cores."""
         encodings = self._backend.encode_batch_fast(
-            [_whole_characters(text) for text in texts], add_special_tokens=False
+            [whole_characters(text) for text in texts], add_special_tokens=False
         )
         return [encoding.ids for encoding in encodings]
 
@@ -124,7 +124,7 @@ class Tokenizer:
         return self._backend.to_str()
 
 
-def _whole_characters(text: str) -> str:
+def whole_characters(text: str) -> str:
     r"""Text whose lone surrogates (JSON may hold "\ud83d") have become U+FFFD."""
     try:
         text.encode()
@@ -187,10 +187,9 @@ def from_hub(name: str) -> Tokenizer:
     try:
         return from_path(Path(hf_hub_download(name, "tokenizer.json")))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"tokenizer {name!r} can't be fetched from the hub ({reason}): check the name and the "
-            "network, or point to a copy with --set tokenizer='{path: FOLDER}'"
+            f"tokenizer {name!r} can't be fetched from the hub ({first_line(error)}): check its "
+            "name and the network, or point to a copy with --set tokenizer='{path: FOLDER}'"
         ) from None
 
 

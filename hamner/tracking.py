@@ -57,8 +57,8 @@ class MetricsCSV:
     def _kept(self, step: int) -> list[dict[str, str]]:
         if step == 0 or not self.path.exists():
             return []
-        with open(self.path, encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
+        text = self.path.read_bytes().decode("utf-8", "replace")
+        rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
         whole = [row for row in rows if None not in row and None not in row.values()]
         return [row for row in whole if row["step"].isdigit() and int(row["step"]) <= step]
 
@@ -83,10 +83,10 @@ class SamplesJSONL:
         if step == 0 or not self.path.exists():
             return []
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+        for line in self.path.read_bytes().decode("utf-8", "replace").split("\n")[:-1]:
             try:
-                if line.endswith("\n") and json.loads(line)["step"] <= step:
-                    kept.append(line)
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
             except (json.JSONDecodeError, KeyError, TypeError):
                 continue
         return kept

@@ -201,7 +201,7 @@ def test_one_answer_per_question(talks: list[dict]) -> None:
 
 @pytest.mark.parametrize(
     ("topic", "needed"),
-    [("maker", "David Hamner"), ("name", "Al"), ("company", "David Hamner"), ("hardware", "3090")],
+    [("maker", "David Hamner"), ("name", "Al"), ("company", "David Hamner")],
 )
 def test_identity_topics_agree(topic: str, needed: str) -> None:
     entries = yaml.safe_load((sft.FOLDER / "identity.yaml").read_text(encoding="utf-8"))
@@ -362,3 +362,48 @@ def test_the_same_file_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as stopped:
         sft.main(["--out", name, "--pairs", name])
     assert stopped.value.code == 2
+
+
+# --- the plain set --------------------------------------------------------------------------------
+
+
+def exchanges(talks: list[dict]) -> list[tuple[str, str]]:
+    """Every question with the answer that follows it, wherever in a conversation they stand."""
+    texts = [spoken(talk) for talk in talks]
+    return [pair for turns in texts for pair in zip(turns[::2], turns[1::2], strict=True)]
+
+
+def test_the_plain_set_asks_every_question_once_and_answers_each_topic_in_one_way() -> None:
+    pairs = exchanges(sft.plain_conversations())
+    questions = [question.lower() for question, _ in pairs]
+    assert len(set(questions)) == len(questions)
+    maker = [answer for question, answer in pairs if re.fullmatch(r"who (made|built) you\??", question)]
+    assert len(maker) >= 2
+    assert len(set(maker)) == 1
+    assert "David Hamner" in maker[0]
+
+
+def test_the_plain_set_holds_all_products_in_several_phrasings_and_no_wrong_sum() -> None:
+    asked: dict[tuple[int, int], int] = {}
+    for _, answer in exchanges(sft.plain_conversations(categories=["math"])):
+        found = re.fullmatch(r"(\d+) ([x+]) (\d+) is (\d+)\.|(\d+) times (\d+) is (\d+)\.", answer)
+        assert found, answer
+        a, sign, b, result = found.group(1, 2, 3, 4)
+        assert int(result) == (int(a) * int(b) if sign == "x" else int(a) + int(b))
+        if sign == "x":
+            asked[int(a), int(b)] = asked.get((int(a), int(b)), 0) + 1
+    assert {(a, b) for a in range(2, 13) for b in range(2, 13)} <= asked.keys()
+    assert min(asked.values()) >= 3
+
+
+def test_the_plain_set_has_no_system_prompts_and_some_longer_conversations() -> None:
+    talks = sft.plain_conversations()
+    assert {message["role"] for talk in talks for message in talk["messages"]} == {
+        "user",
+        "assistant",
+    }
+    longer = [talk for talk in talks if len(talk["messages"]) > 2]
+    assert 0.02 < len(longer) / len(talks) < 0.3
+    alone = {spoken(talk)[0] for talk in talks if len(talk["messages"]) == 2}
+    assert {"who made you?", "what is 15 + 23?", "hello", "what is your name?"} <= alone
+    assert sft.plain_conversations() == talks

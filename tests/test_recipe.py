@@ -114,7 +114,6 @@ V4: dict[str, Any] = {
     "sft.optimizer.betas": (0.9, 0.95),
     "sft.optimizer.weight_decay": 0.1,
     "sft.schedule": {"kind": "linear", "warmup": 100, "decay": 0, "floor": 0.1},
-    "sft.data.validation_fraction": 0.05,
     "sft.data.sources": [
         {
             "name": "smoltalk",
@@ -340,7 +339,7 @@ def test_every_kind_of_source_is_checked(name: str) -> None:
         (("base", "optimizer"), "learningrate", "learning_rate"),
         (("anneal", "schedule"), "warm_up", "warmup"),
         (("sft",), "epoch", "epochs"),
-        (("sft", "data"), "validation_fractoin", "validation_fraction"),
+        (("sft", "data"), "sorces", "sources"),
         (("sft", "data", "sources", 0), "at_mots", "at_most"),
         (("dpo",), "max_pair", "max_pairs"),
         (("common",), "mikro_batch", "micro_batch"),
@@ -709,11 +708,10 @@ def test_a_value_that_is_not_yaml_is_refused(text: str) -> None:
 
 
 def test_an_index_past_the_end_is_refused() -> None:
-    message = refusal("base.prompts[4]=x")
-    assert message == "--set base.prompts[4]=x: there is no 4 in this list of 4"
-    assert "--set base.sources[9].weight=1: there is nothing below" in refusal(
-        "base.sources[9].weight=1"
-    )
+    for override, length in (("base.prompts[4]=x", 4), ("base.sources[9].weight=1", 2)):
+        message = refusal(override)
+        assert message.startswith(f"--set {override}: there is no ")
+        assert message.endswith(f"list of {length}") and "\n" not in message
 
 
 def test_a_name_where_an_index_belongs_is_refused() -> None:
