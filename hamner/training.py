@@ -8,7 +8,6 @@ resuming and signals.
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import math
 import shutil
@@ -21,7 +20,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint as recomputed
+from torch.utils.checkpoint import checkpoint
 
 from hamner import checkpoints
 from hamner.batches import Batch, MicroBatch, prefetched
@@ -132,7 +131,7 @@ def prepare_model(model: Transformer, recipe: Recipe, device: torch.device) -> N
     model.to(device)
     for layer in model.model.layers:
         if recipe.gradient_checkpointing:
-            layer.forward = functools.partial(recomputed, layer.forward, use_reentrant=False)
+            layer.forward = recomputing(layer.forward)
     if not recipe.compile:
         return
     reason = why_not_compile(device)
@@ -141,6 +140,15 @@ def prepare_model(model: Transformer, recipe: Recipe, device: torch.device) -> N
         return
     for layer in model.model.layers:
         layer.compile()
+
+
+def recomputing(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A forward that keeps its inputs alone and runs again in the backward pass."""
+
+    def recomputed(*inputs: Any) -> Tensor:  # a function of ours, so that it can be compiled
+        return checkpoint(forward, *inputs, use_reentrant=False)
+
+    return recomputed
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:

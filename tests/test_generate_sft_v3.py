@@ -377,7 +377,8 @@ def test_the_plain_set_asks_every_question_once_and_answers_each_topic_in_one_wa
     pairs = exchanges(sft.plain_conversations())
     questions = [question.lower() for question, _ in pairs]
     assert len(set(questions)) == len(questions)
-    maker = [answer for question, answer in pairs if re.fullmatch(r"who (made|built) you\??", question)]
+    who = re.compile(r"who (made|built) you\??")
+    maker = [answer for question, answer in pairs if who.fullmatch(question)]
     assert len(maker) >= 2
     assert len(set(maker)) == 1
     assert "David Hamner" in maker[0]

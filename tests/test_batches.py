@@ -1,0 +1,599 @@
+"""Tests of the batches: nothing lost, nothing repeated, exact shares, exact resuming."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import some_text
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hamner import tokenization
+from hamner.batches import (
+    READ_AHEAD,
+    Batch,
+    Example,
+    MixedBatches,
+    PackedBatches,
+    TokenStream,
+    held_out_sequences,
+    make_example,
+    pack,
+    packed_batch,
+    packed_tensors,
+    prefetched,
+)
+from hamner.errors import UserError
+from hamner.recipe import SourcePart, load_recipe
+from hamner.sources import DocumentStream, is_held_out
+
+END = 0
+
+
+class Numbers:
+    """A tokenizer for documents that are numbers with spaces between; 0 ends a document."""
+
+    def documents(self, documents: Sequence[str]) -> list[list[int]]:
+        return [self.document(document) for document in documents]
+
+    def document(self, document: str) -> list[int]:
+        return [int(word) for word in document.split()] + [END]
+
+
+class Listed:
+    """A source over a list of texts."""
+
+    def __init__(self, documents: list[str]):
+        self.documents = documents
+
+    def rows(self, epoch: int, position: Any) -> Iterator[tuple[dict[str, Any], Any]]:
+        for number in range(position or 0, len(self.documents)):
+            yield {"text": self.documents[number]}, number + 1
+
+
+def json_round_trip(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def numbered(first: int, count: int, seed: int = 0) -> list[str]:
+    """Documents that say their own number, one to nine times."""
+    rng = random.Random(seed)
+    return [f"{first + i} " * rng.randint(1, 9) for i in range(count)]
+
+
+def documents_of(texts: list[str], block: int = 7, **options: Any) -> DocumentStream:
+    fraction = options.pop("fraction", 0.0)
+    return DocumentStream(
+        "web", Listed(texts), SourcePart(shuffle_block=block), 3, fraction, **options
+    )
+
+
+def stream_of(texts: list[str], block: int = 7, state: Any = None) -> TokenStream:
+    return TokenStream(documents_of(texts, block), Numbers(), state)  # type: ignore[arg-type]
+
+
+def tokens_of(texts: list[str], documents: int, block: int = 7) -> list[int]:
+    """The tokens of a stream's first documents, put together without a TokenStream."""
+    return [
+        token
+        for document in islice(documents_of(texts, block), documents)
+        for token in Numbers().document(str(document))
+    ]
+
+
+# ------------------------------------------------------------------------------- token streams
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 64, 300])
+def test_a_token_stream_is_its_documents_one_after_the_other(size: int) -> None:
+    texts = numbered(100, 50)
+    expected = tokens_of(texts, 3 * len(texts))
+    stream = stream_of(texts)
+    found = np.concatenate([stream.take(size) for _ in range(len(expected) // size)])
+    assert found.dtype == np.int64
+    assert found.tolist() == expected[: len(found)]
+
+
+@pytest.mark.parametrize("block", [1, 7, 1_000])
+def test_a_token_stream_goes_on_exactly_from_any_token_of_two_epochs(block: int) -> None:
+    texts = numbered(100, READ_AHEAD + 9)
+    expected = tokens_of(texts, 2 * len(texts), block)
+    for k in range(len(expected)):
+        stream = stream_of(texts, block)
+        if k:
+            stream.take(k)
+        resumed = stream_of(texts, block, json_round_trip(stream.state))
+        assert json_round_trip(resumed.state) == json_round_trip(stream.state)
+        assert resumed.take(len(expected) - k).tolist() == expected[k:]
+
+
+def test_a_token_stream_goes_on_however_often_it_is_stopped() -> None:
+    texts = numbered(100, 40)
+    expected = tokens_of(texts, 3 * len(texts))
+    rng, found, state = random.Random(2), [], None
+    while len(found) < len(expected):
+        stream = stream_of(texts, state=json_round_trip(state))
+        for _ in range(rng.randrange(4)):
+            found += stream.take(rng.randint(1, 30)).tolist()
+        state = stream.state
+    assert found[: len(expected)] == expected
+
+
+def test_reading_the_state_changes_nothing() -> None:
+    one, other = stream_of(numbered(100, 20)), stream_of(numbered(100, 20))
+    for _ in range(60):
+        before = json_round_trip(one.state)
+        assert one.state == one.state
+        assert one.take(5).tolist() == other.take(5).tolist()
+        assert json_round_trip(one.state) != before
+
+
+def test_a_token_stream_with_the_real_tokenizer_ends_every_document() -> None:
+    rng = random.Random(0)
+    texts = [some_text(rng, 20) for _ in range(60)]
+    tokenizer = tokenization.train(texts, 300)
+    stream = TokenStream(documents_of(texts), tokenizer)
+    expected = [
+        token
+        for document in documents_of(texts).one_epoch()
+        for token in tokenizer.document(document)
+    ]
+    assert stream.take(len(expected)).tolist() == expected
+    assert expected.count(tokenizer.end_of_text) == 60
+
+
+# ------------------------------------------------------------------------------- the mix
+
+MIX = {"one": 0.5, "two": 0.3, "three": 0.2}
+FIRST = {"one": 1_000, "two": 2_000, "three": 3_000}  # tokens tell their source by the thousand
+COUNTS = {"one": 60, "two": 31, "three": 45}
+
+
+def mixed(state: dict[str, Any] | None = None, length: int = 16) -> MixedBatches:
+    places = (state or {}).get("sources", {})
+    streams = {
+        name: stream_of(numbered(FIRST[name], COUNTS[name], seed), state=places.get(name))
+        for seed, name in enumerate(MIX)
+    }
+    return MixedBatches(
+        streams, MIX, sequence_length=length, sequences_per_step=5, micro_batch=2,
+        drawn=(state or {}).get("drawn"),
+    )  # fmt: skip
+
+
+def rows_of(batch: Batch) -> torch.Tensor:
+    return torch.cat([micro_batch["input_ids"] for micro_batch in batch.micro_batches])
+
+
+def source_of(row: torch.Tensor) -> str:
+    thousands = {int(token) // 1_000 for token in row if token != END}
+    assert len(thousands) == 1, "a sequence holds tokens of several sources"
+    return list(MIX)[thousands.pop() - 1]
+
+
+class Endless:
+    """Stands in for a token stream where only the shares count."""
+
+    state: dict[str, Any] = {}  # noqa: RUF012
+
+    def take(self, count: int) -> np.ndarray:
+        return np.zeros(count, np.int64)
+
+
+def worst_deviation(weights: dict[str, float], sequences: int) -> float:
+    """How many sequences a source is ever away from its share."""
+    streams: dict[str, Any] = {name: Endless() for name in weights}
+    mix = MixedBatches(streams, weights, sequence_length=1, sequences_per_step=1, micro_batch=1)
+    worst = 0.0
+    for total in range(1, sequences + 1):
+        mix._sequence()
+        gaps = [abs(mix.drawn[name] - weight * total) for name, weight in weights.items()]
+        worst = max(worst, *gaps)
+    assert sum(mix.drawn.values()) == sequences
+    return worst
+
+
+def test_every_sequence_comes_from_one_source() -> None:
+    found = Counter(source_of(row) for b in islice(mixed(), 40) for row in rows_of(b))
+    assert found == {"one": 100, "two": 60, "three": 40}
+
+
+def test_batches_have_the_shape_that_was_asked_for() -> None:
+    batch = next(iter(mixed()))
+    shapes = [tuple(micro_batch["input_ids"].shape) for micro_batch in batch.micro_batches]
+    assert shapes == [(2, 16), (2, 16), (1, 16)]
+    assert rows_of(batch).dtype == torch.int64
+    assert (batch.tokens, batch.weight) == (5 * 16, 5 * 15)  # the first token has no label
+
+
+@pytest.mark.parametrize("stage", ["base", "anneal", "chat"])
+@pytest.mark.parametrize("name", ["v4", "small", "tiny"])
+def test_shares_in_the_recipes_never_leave_their_weights_by_a_sequence(
+    name: str, stage: str
+) -> None:
+    weights = {s.name: s.weight for s in load_recipe(name).stage(stage).sources}  # type: ignore[attr-defined]
+    assert worst_deviation(weights, 2_000) < 1
+
+
+def test_shares_of_real_batches_after_2000_sequences_match_their_weights() -> None:
+    mix = mixed(length=8)
+    found = Counter(source_of(row) for batch in islice(mix, 400) for row in rows_of(batch))
+    assert found == mix.drawn
+    for name, weight in MIX.items():
+        assert abs(found[name] - 2_000 * weight) < 1
+
+
+@settings(max_examples=60, deadline=None, database=None, derandomize=True)
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=8))
+def test_shares_never_leave_any_weights_by_a_sequence(parts: list[int]) -> None:
+    weights = {str(i): part / sum(parts) for i, part in enumerate(parts)}
+    assert worst_deviation(weights, 150) < 1 + 1e-9
+
+
+def test_shares_of_many_small_and_two_large_sources_stay_within_a_sequence() -> None:
+    parts = [0.07, 0.40, 0.05, 0.01, 0.01, 0.01, 0.40, 0.05]
+    assert worst_deviation({str(i): part for i, part in enumerate(parts)}, 200) < 1 + 1e-9
+
+
+def test_rounded_weights_keep_their_shares_after_millions_of_sequences() -> None:
+    """Recipes may write a third as 0.333333; the missing millionth must not add up."""
+    weights = {"a": 0.333333, "b": 0.333333, "c": 0.333333}
+    streams: dict[str, Any] = {name: Endless() for name in weights}
+    mix = MixedBatches(
+        streams, weights, sequence_length=1, sequences_per_step=1, micro_batch=1,
+        drawn={name: 3_000_000 for name in weights},
+    )  # fmt: skip
+    for _ in range(300):
+        mix._sequence()
+    assert mix.drawn == {name: 3_000_100 for name in weights}
+
+
+def test_the_mix_goes_on_exactly_from_the_state_in_any_batch() -> None:
+    batches = list(islice(mixed(), 45))
+    for k in range(0, 40, 3):
+        resumed = list(islice(mixed(json_round_trip(batches[k].state)), 4))
+        for expected, found in zip(batches[k + 1 : k + 5], resumed, strict=True):
+            assert torch.equal(rows_of(expected), rows_of(found))
+            assert json_round_trip(expected.state) == json_round_trip(found.state)
+
+
+def test_the_mix_goes_on_exactly_after_two_resumes_in_a_row() -> None:
+    batches = list(islice(mixed(), 20))
+    once = list(islice(mixed(json_round_trip(batches[4].state)), 3))
+    twice = list(islice(mixed(json_round_trip(once[2].state)), 12))
+    for expected, found in zip(batches[8:], twice, strict=True):
+        assert torch.equal(rows_of(expected), rows_of(found))
+
+
+def test_the_state_in_a_batch_stays_what_it_was() -> None:
+    iterator = iter(mixed())
+    batch = next(iterator)
+    before = json_round_trip(batch.state)
+    list(islice(iterator, 30))
+    assert json_round_trip(batch.state) == before
+
+
+def test_no_document_is_lost_or_repeated_in_two_epochs_with_resumes_at_random_places() -> None:
+    rng, state = random.Random(9), None
+    tokens: dict[str, list[int]] = {name: [] for name in MIX}
+    resumes = 0
+    while min(len(tokens[name]) / COUNTS[name] for name in MIX) < 25:
+        resumes += 1
+        for batch in islice(mixed(json_round_trip(state)), rng.randrange(4)):
+            state = batch.state
+            for row in rows_of(batch):
+                tokens[source_of(row)] += row.tolist()
+    assert resumes > 30
+    for seed, name in enumerate(MIX):
+        lengths = {FIRST[name] + i: len(text.split())
+                   for i, text in enumerate(numbered(FIRST[name], COUNTS[name], seed))}  # fmt: skip
+        text = " ".join(map(str, tokens[name]))
+        documents = [part.split() for part in text.split(f" {END}")][: 2 * COUNTS[name]]
+        for epoch in (documents[: COUNTS[name]], documents[COUNTS[name] :]):
+            assert sorted(int(words[0]) for words in epoch) == sorted(lengths)
+            assert all(words == [words[0]] * lengths[int(words[0])] for words in epoch)
+
+
+def test_what_a_state_says_of_other_sources_is_passed_over() -> None:
+    """As when a recipe's mix is changed between two runs."""
+    state = json_round_trip(next(iter(mixed())).state)
+    state["drawn"]["gone"] = 1_000_000
+    found = [rows_of(batch) for batch in islice(mixed(state), 2)]
+    expected = [rows_of(batch) for batch in islice(mixed(), 3)][1:]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+# ------------------------------------------------------------------------------- held out
+
+
+def held_out_of(texts: list[str], length: int, count: int) -> torch.Tensor:
+    documents = documents_of(texts, fraction=0.3, held_out=True)
+    return held_out_sequences(documents, Numbers(), length, count)  # type: ignore[arg-type]
+
+
+def test_validation_sequences_hold_held_out_documents_and_no_others() -> None:
+    texts = numbered(100, 200)
+    held_out = [text for text in texts if is_held_out(text.strip(), 0.3)]
+    sequences = held_out_of(texts, length=8, count=20)
+    assert sequences.shape == (20, 8) and sequences.dtype == torch.int64
+    expected = [token for text in held_out for token in Numbers().document(text)]
+    assert sequences.flatten().tolist() == expected[:160]
+
+
+def test_validation_has_as_many_sequences_as_the_held_out_text_fills() -> None:
+    texts = numbered(100, 60)
+    held_out = [text for text in texts if is_held_out(text.strip(), 0.3)]
+    whole = sum(len(Numbers().document(text)) for text in held_out) // 8
+    assert 0 < whole < 1_000
+    assert held_out_of(texts, length=8, count=1_000).shape == (whole, 8)
+    assert held_out_of(["1 1 1"], length=8, count=4).shape == (0, 8)
+
+
+# ------------------------------------------------------------------------------- packing
+
+lengths_and_row = st.integers(1, 80).flatmap(
+    lambda row: st.tuples(st.lists(st.integers(1, row), max_size=300), st.just(row))
+)
+
+
+@settings(max_examples=300, deadline=None, database=None, derandomize=True)
+@given(lengths_and_row)
+def test_packing_puts_every_item_into_exactly_one_row_that_holds_it(
+    case: tuple[list[int], int],
+) -> None:
+    lengths, row_length = case
+    rows = pack(lengths, row_length)
+    assert sorted(item for row in rows for item in row) == list(range(len(lengths)))
+    assert all(0 < sum(lengths[item] for item in row) <= row_length for row in rows)
+    assert rows == pack(lengths, row_length)
+
+
+def test_packing_takes_the_fullest_row_that_has_room() -> None:
+    assert pack([6, 5, 3, 5, 4], 10) == [[0, 2], [1, 3], [4]]
+    assert pack([7, 8, 2, 3], 10) == [[0, 3], [1, 2]]
+
+
+@pytest.mark.parametrize("count", [1_500, 5_000])
+def test_packing_many_random_lengths_wastes_less_than_five_percent(count: int) -> None:
+    rng = random.Random(count)
+    like_conversations = [min(1_024, int(rng.lognormvariate(5.2, 0.7)) + 5) for _ in range(count)]
+    uniform = [rng.randint(1, 1_024) for _ in range(count)]
+    for lengths in (like_conversations, uniform):
+        rows = pack(lengths, 1_024)
+        assert sum(lengths) / (1_024 * len(rows)) > 0.95
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 11])
+def test_packing_refuses_an_item_that_fits_no_row(wrong: int) -> None:
+    with pytest.raises(ValueError, match=f"item 2 has length {wrong}; rows hold 1 to 10"):
+        pack([3, 10, wrong], 10)
+
+
+def test_packed_tensors_look_like_this() -> None:
+    one = make_example([11, 12, 13], [-100, 12, 13])
+    two = make_example([21, 22], [-100, 22])
+    three = make_example([31, 32, 33, 34, 35, 36], [-100, -100, -100, 34, 35, 36])
+    tensors = packed_tensors([[one, two], [three]], 6, padding=9)
+    assert {key: value.tolist() for key, value in tensors.items()} == {
+        "input_ids": [[11, 12, 13, 21, 22, 9], [31, 32, 33, 34, 35, 36]],
+        "labels": [[-100, 12, 13, -100, 22, -100], [-100, -100, -100, 34, 35, 36]],
+        "sequence_ids": [[0, 0, 0, 1, 1, -1], [0, 0, 0, 0, 0, 0]],
+    }
+    assert {value.dtype for value in tensors.values()} == {torch.int64}
+
+
+def test_a_packed_batch_counts_labels_and_tokens_without_padding() -> None:
+    one = make_example([11, 12, 13], [-100, 12, 13])
+    two = make_example([21, 22], [-100, 22])
+    batch = packed_batch([[one, two], [two], [one]], 6, 2, {"row": 3}, epoch=1.5)
+    assert [len(m["input_ids"]) for m in batch.micro_batches] == [2, 1]
+    assert (batch.weight, batch.tokens) == (6, 10)
+    assert (batch.state, batch.epoch) == ({"row": 3}, 1.5)
+
+
+# ------------------------------------------------------------------------------- packed epochs
+
+
+def some_examples(count: int = 43) -> list[Example]:
+    """Example i consists of tokens i + 1, of which some have labels."""
+    rng = random.Random(4)
+    examples = []
+    for i in range(count):
+        ids = [i + 1] * rng.randint(2, 12)
+        asked = rng.randint(1, len(ids) - 1)
+        examples.append(make_example(ids, [-100] * asked + ids[asked:]))
+    return examples
+
+
+EXAMPLES = some_examples()
+REPEATS = [1 + i % 3 for i in range(len(EXAMPLES))]
+
+
+def packed_epochs(state: Any = None, rows_per_step: int = 4, seed: int = 1) -> PackedBatches:
+    return PackedBatches(
+        EXAMPLES, REPEATS, epochs=3, row_length=24, rows_per_step=rows_per_step, micro_batch=3,
+        seed=seed, state=state,
+    )  # fmt: skip
+
+
+def examples_in(batch: Batch) -> list[int]:
+    """The numbers of the examples in a batch, in order; checks that each is whole."""
+    found = []
+    for micro_batch in batch.micro_batches:
+        rows = zip(*(micro_batch[k] for k in ("input_ids", "labels", "sequence_ids")), strict=True)
+        for ids, labels, sequences in rows:
+            for number in range(int(sequences.max()) + 1):
+                place = sequences == number
+                example = int(ids[place][0]) - 1
+                assert ids[place].tolist() == EXAMPLES[example].input_ids.tolist()
+                assert labels[place].tolist() == EXAMPLES[example].labels.tolist()
+                found.append(example)
+    return found
+
+
+def test_every_example_comes_as_often_as_asked_in_every_epoch() -> None:
+    epochs: dict[int, list[int]] = {1: [], 2: [], 3: []}
+    for batch in packed_epochs(rows_per_step=1):
+        epochs[int(np.ceil(batch.epoch))] += examples_in(batch)
+    expected = {i: times for i, times in enumerate(REPEATS)}
+    assert [Counter(examples) for examples in epochs.values()] == [expected] * 3
+
+
+def test_every_epoch_has_another_order() -> None:
+    found = [example for batch in packed_epochs() for example in examples_in(batch)]
+    size = sum(REPEATS)
+    orders = {tuple(found[i * size : (i + 1) * size]) for i in range(3)}
+    assert len(found) == 3 * size and len(orders) == 3
+
+
+def test_the_order_follows_from_the_seed() -> None:
+    def order(seed: int) -> list[int]:
+        return [i for batch in packed_epochs(seed=seed) for i in examples_in(batch)]
+
+    assert order(1) == order(1) != order(2)
+
+
+@pytest.mark.parametrize("rows_per_step", [1, 4, 5, 1_000])
+def test_the_number_of_steps_is_known_beforehand(rows_per_step: int) -> None:
+    batches = packed_epochs(rows_per_step=rows_per_step)
+    steps = batches.steps
+    assert len(list(batches)) == steps > 0
+
+
+def test_the_epoch_grows_to_the_last_one() -> None:
+    epochs = [batch.epoch for batch in packed_epochs()]
+    assert epochs == sorted(epochs) and 0 < epochs[0] < 1 and epochs[-1] == 3
+
+
+def test_the_weight_of_a_packed_batch_is_its_number_of_labels() -> None:
+    for batch in packed_epochs():
+        examples = [EXAMPLES[i] for i in examples_in(batch)]
+        assert batch.weight == sum(int((e.labels != -100).sum()) for e in examples)
+        assert batch.tokens == sum(len(e) for e in examples)
+        assert all(len(m["input_ids"]) <= 3 for m in batch.micro_batches)
+
+
+def test_packed_batches_go_on_exactly_from_any_batch() -> None:
+    batches = list(packed_epochs())
+    for k, batch in enumerate(batches):
+        resumed = list(packed_epochs(json_round_trip(batch.state)))
+        assert [examples_in(b) for b in resumed] == [examples_in(b) for b in batches[k + 1 :]]
+        assert [(b.state, b.epoch) for b in resumed] == [
+            (b.state, b.epoch) for b in batches[k + 1 :]
+        ]
+
+
+# ------------------------------------------------------------------------------- prefetching
+
+
+def plain_batch(number: int) -> Batch:
+    return Batch([], 1.0, 1, {"number": number})
+
+
+def numbers_of(batches: Iterator[Batch]) -> list[int]:
+    return [batch.state["number"] for batch in batches]
+
+
+def new_threads(before: set[threading.Thread]) -> set[threading.Thread]:
+    return set(threading.enumerate()) - before
+
+
+@pytest.mark.parametrize("depth", [1, 4, 100])
+@pytest.mark.parametrize("count", [0, 1, 25])
+def test_prefetched_batches_are_the_same_batches(count: int, depth: int) -> None:
+    found = numbers_of(prefetched((plain_batch(i) for i in range(count)), depth))
+    assert found == list(range(count))
+
+
+@pytest.mark.parametrize("error", [UserError("no such file"), ValueError("odd"), SystemExit(3)])
+def test_what_goes_wrong_in_the_background_arrives_at_the_consumer_in_its_place(
+    error: BaseException,
+) -> None:
+    def batches() -> Iterator[Batch]:
+        yield plain_batch(0)
+        yield plain_batch(1)
+        raise error
+
+    iterator = prefetched(batches())
+    assert numbers_of(islice(iterator, 2)) == [0, 1]
+    with pytest.raises(type(error)) as caught:
+        next(iterator)
+    assert caught.value is error
+
+
+def test_batches_are_made_ahead_but_not_without_limit() -> None:
+    made = []
+
+    def batches() -> Iterator[Batch]:
+        for i in range(1_000):
+            made.append(i)
+            yield plain_batch(i)
+
+    iterator = prefetched(batches(), depth=3)
+    assert next(iterator).state["number"] == 0
+    deadline = time.monotonic() + 5
+    while len(made) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert len(made) == 5  # one in use, three waiting, one in hand
+    iterator.close()
+
+
+def test_closing_stops_the_background_thread() -> None:
+    def batches() -> Iterator[Batch]:
+        number = 0
+        while True:
+            yield plain_batch(number)
+            number += 1
+
+    before = set(threading.enumerate())
+    iterator = prefetched(batches())
+    next(iterator)
+    (thread,) = new_threads(before)
+    assert thread.is_alive() and thread.daemon
+    iterator.close()
+    thread.join(timeout=5)
+    assert not thread.is_alive()
+
+
+def test_the_background_thread_ends_with_the_batches() -> None:
+    before = set(threading.enumerate())
+    iterator = prefetched(plain_batch(i) for i in range(3))
+    next(iterator)
+    threads = new_threads(before)
+    assert numbers_of(iterator) == [1, 2]
+    for thread in threads:
+        thread.join(timeout=5)
+    assert not new_threads(before)
+
+
+def test_batches_that_nobody_asked_for_are_not_begun() -> None:
+    def batches() -> Iterator[Batch]:
+        raise AssertionError("begun")
+        yield plain_batch(0)
+
+    before = set(threading.enumerate())
+    prefetched(batches()).close()
+    assert not new_threads(before)
+
+
+def test_a_mix_read_ahead_in_the_background_goes_on_from_what_was_used() -> None:
+    """The state in a batch is of that batch, however far the thread has run ahead."""
+    expected = [rows_of(batch) for batch in islice(mixed(), 12)]
+    iterator = prefetched(iter(mixed()), depth=6)
+    used = [next(iterator) for _ in range(5)]
+    time.sleep(0.05)
+    iterator.close()
+    resumed = islice(mixed(json_round_trip(used[-1].state)), 7)
+    found = [rows_of(batch) for batch in [*used, *resumed]]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -1,0 +1,617 @@
+"""The training loop: accumulation, skipped steps, precision, and what passes between stages."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import random
+import shutil
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._inductor.config
+from conftest import Workshop, some_text, write_lines
+from torch import Tensor
+
+import train_chat_pretrain
+import train_pretrain
+from hamner import stage, tokenization, training
+from hamner.batches import Batch, MicroBatch, make_example, packed_batch
+from hamner.errors import UserError, run
+from hamner.recipe import Recipe, check_recipe
+from hamner.stage import Start, stream_task
+from hamner.tokenization import Tokenizer
+from hamner.training import Task, Trainer, Validation, language_modelling, pick_device
+from model import IGNORE_INDEX, Transformer
+
+torch.set_num_threads(1)  # more would wait for each other where cores are shared
+CPU = torch.device("cpu")
+Sums = dict[str, Tensor]
+Call = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    rng = random.Random(3)
+    return tokenization.train([some_text(rng, 40) for _ in range(50)], 320)
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(training, "peak_flops", lambda device: None)
+
+
+def new_model(recipe: Recipe) -> Transformer:
+    torch.manual_seed(recipe.seed)
+    return Transformer(recipe.model.config())
+
+
+def full_rows(recipe: Recipe, steps: int, micro_batch: int, sequences: int = 4) -> list[Batch]:
+    """Batches of random tokens, all of which carry loss."""
+    generator = torch.Generator().manual_seed(5)
+    length = recipe.base.sequence_length
+    batches = []
+    for step in range(steps):
+        ids = torch.randint(17, 320, (sequences, length), generator=generator)
+        parts: list[MicroBatch] = [{"input_ids": part} for part in ids.split(micro_batch)]
+        batches.append(Batch(parts, sequences * (length - 1), ids.numel(), {"row": step + 1}))
+    return batches
+
+
+def packed_rows(recipe: Recipe, steps: int, micro_batch: int) -> list[Batch]:
+    """Batches of four packed rows with very different numbers of labels."""
+    rng = random.Random(6)
+    batches = []
+    for step in range(steps):
+        rows = []
+        for labelled in (1, 3, 15, 28):
+            ids = [[rng.randrange(17, 320) for _ in range(30)] for _ in range(2)]
+            labels = [[IGNORE_INDEX] * (30 - labelled) + part[30 - labelled :] for part in ids]
+            rows.append([make_example(*pair) for pair in zip(ids, labels, strict=True)])
+        state = {"row": 4 * (step + 1)}
+        length = recipe.base.sequence_length
+        batches.append(packed_batch(rows, length, micro_batch, state, epoch=float(step)))
+    return batches
+
+
+def task_of(rows: list[Batch], **fields: Any) -> Task:
+    held_out = {"one": Validation(rows[0])}
+    given = {
+        "stage": "base",
+        "batches": lambda state: iter(rows),
+        "steps": len(rows),
+        "loss": language_modelling,
+        "validation": held_out,
+        **fields,
+    }
+    return Task(**given)
+
+
+class Recorder(Trainer):
+    """Remembers the gradients of every step and the learning rates they were used with."""
+
+    gradients: list[dict[str, Tensor]]
+
+    def _update(self, finite: bool) -> None:
+        named = self.model.named_parameters()
+        new = {name: p.grad.clone() for name, p in named if p.grad is not None}
+        self.gradients = [*getattr(self, "gradients", []), new]
+        super()._update(finite)
+
+
+def trained(task: Task, recipe: Recipe, tokenizer: Tokenizer) -> Recorder:
+    """A trainer after its run, begun with the recipe's initial weights and without old files."""
+    for name in ("checkpoints", "logs"):
+        shutil.rmtree(name, ignore_errors=True)
+    trainer = Recorder(task, recipe, new_model(recipe), tokenizer, CPU)
+    assert trainer.run() == 0
+    return trainer
+
+
+def logged() -> list[dict[str, str]]:
+    with open("logs/micro/base_metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def recipe(raw: dict[str, Any]) -> Recipe:
+    raw["common"]["log_every"] = 1
+    raw["base"]["prompts"] = []
+    return check_recipe(raw, "test")
+
+
+# ------------------------------------------------------------------------------ one step
+
+
+@pytest.mark.parametrize("rows", [full_rows, packed_rows])
+def test_accumulated_micro_batches_give_the_update_of_one_large_batch(
+    rows: Callable[..., list[Batch]], recipe: Recipe, tokenizer: Tokenizer
+) -> None:
+    one, four = (trained(task_of(rows(recipe, 3, n)), recipe, tokenizer) for n in (1, 4))
+    assert len(rows(recipe, 1, 1)[0].micro_batches) == 4
+    assert len(rows(recipe, 1, 4)[0].micro_batches) == 1
+    for name, gradient in one.gradients[0].items():
+        torch.testing.assert_close(gradient, four.gradients[0][name], atol=1e-6, rtol=0)
+    start = new_model(recipe).state_dict()
+    for name, weight in one.model.state_dict().items():
+        torch.testing.assert_close(weight, four.model.state_dict()[name], atol=1e-6, rtol=0)
+        assert (weight - start[name]).abs().max() > 1e-3, f"{name} was not trained"
+
+
+def test_the_logged_loss_is_the_mean_over_labelled_tokens(
+    recipe: Recipe, tokenizer: Tokenizer
+) -> None:
+    batches = packed_rows(recipe, 1, 2)
+    trained(task_of(batches), recipe, tokenizer)
+    model, losses = new_model(recipe), []
+    for micro in batches[0].micro_batches:
+        losses.append(
+            model(micro["input_ids"], micro["labels"], sequence_ids=micro["sequence_ids"],
+                  reduction="none").loss.detach()
+        )  # fmt: skip
+    mean = float(torch.cat(losses).sum()) / (2 * (1 + 3 + 15 + 28))
+    assert float(logged()[0]["loss"]) == pytest.approx(mean, rel=1e-5)
+
+
+def test_gradients_are_clipped_to_the_norm_in_the_recipe(
+    raw: dict[str, Any], tokenizer: Tokenizer
+) -> None:
+    raw["common"]["optimizer"]["clip"] = 0.01
+    recipe = check_recipe(raw, "test")
+    trainer = trained(task_of(full_rows(recipe, 2, 2)), recipe, tokenizer)
+    for gradients in trainer.gradients:
+        norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
+        assert float(norm) == pytest.approx(0.01, rel=1e-3)
+
+
+# ------------------------------------------------------------------------------ skipped steps
+
+
+class Unreliable:
+    """Language modelling whose loss is NaN in the training steps of these numbers."""
+
+    def __init__(self, bad: range | list[int], micro_batches: int = 2):
+        self.bad, self.micro_batches, self.calls = bad, micro_batches, 0
+
+    def __call__(self, model: Transformer, batch: MicroBatch) -> tuple[Tensor, Sums]:
+        loss, sums = language_modelling(model, batch)
+        if not model.training:
+            return loss, sums
+        step = self.calls // self.micro_batches
+        self.calls += 1
+        return (loss * torch.nan if step in self.bad else loss), sums
+
+
+def test_a_step_with_a_loss_that_is_not_a_number_is_skipped_and_counted(
+    recipe: Recipe, tokenizer: Tokenizer
+) -> None:
+    batches = full_rows(recipe, 6, 2)
+    trainer = trained(task_of(batches, loss=Unreliable([1, 2, 4])), recipe, tokenizer)
+    assert trainer.position.skipped == 3
+    assert trainer.position.step == 6
+    assert [row["skipped_steps"] for row in logged()] == ["0", "1", "2", "2", "3", "3"]
+    saved = torch.load("checkpoints/micro/base/latest.pt", weights_only=True)
+    assert saved["position"]["skipped"] == 3
+    for name, weight in trainer.model.state_dict().items():
+        assert weight.isfinite().all(), name
+    for state in trainer.optimizer.state.values():
+        assert int(state["step"]) == 3  # neither weights nor moments have moved in the others
+        assert state["exp_avg"].isfinite().all()
+
+
+def test_a_skipped_step_leaves_the_weights_as_they_are(
+    recipe: Recipe, tokenizer: Tokenizer
+) -> None:
+    batches = full_rows(recipe, 4, 2)
+    short = trained(task_of(batches, steps=2), recipe, tokenizer)
+    after_two = {name: w.clone() for name, w in short.model.state_dict().items()}
+    skipping = trained(task_of(batches, loss=Unreliable([2, 3])), recipe, tokenizer)
+    rates = [row["learning_rate"] for row in logged()]
+    assert rates[0] != rates[-1]
+    whole = trained(task_of(batches), recipe, tokenizer)
+    assert any(
+        not torch.equal(w, whole.model.state_dict()[name]) for name, w in after_two.items()
+    ), "the later steps do nothing anyway"
+    same = trained(task_of(batches, steps=4, loss=Unreliable([2, 3])), recipe, tokenizer)
+    for name, weight in skipping.model.state_dict().items():
+        assert torch.equal(weight, same.model.state_dict()[name])
+    assert all(int(s["step"]) == 2 for s in skipping.optimizer.state.values())
+
+
+def test_too_many_skipped_steps_in_a_row_stop_the_run_with_a_plain_error(
+    recipe: Recipe, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "MAX_SKIPPED", 3)
+    batches = full_rows(recipe, 30, 2)
+    loss = Unreliable([1, 2, *range(5, 30)])  # two in a row are no reason to stop
+    trainer = Recorder(task_of(batches, loss=loss), recipe, new_model(recipe), tokenizer, CPU)
+    with pytest.raises(UserError, match="no finite gradient in 3 steps in a row, stopped at step"):
+        trainer.run()
+    assert 5 + 2 <= trainer.position.step <= 5 + 3
+    assert all(weight.isfinite().all() for weight in trainer.model.state_dict().values())
+
+
+# ------------------------------------------------------------------------------ precision, speed
+
+
+def test_recomputing_activations_changes_neither_losses_nor_gradients(
+    raw: dict[str, Any], tokenizer: Tokenizer
+) -> None:
+    trainers, losses = [], []
+    for on in (False, True):
+        raw["gradient_checkpointing"] = on
+        raw["common"]["log_every"] = 1
+        recipe = check_recipe(raw, "test")
+        trainers.append(trained(task_of(packed_rows(recipe, 3, 2)), recipe, tokenizer))
+        losses.append([row["loss"] for row in logged()])
+    assert losses[0] == losses[1]
+    for ours, theirs in zip(*(t.gradients for t in trainers), strict=True):
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], atol=1e-7, rtol=1e-6)
+
+
+def test_recomputing_activations_runs_every_layer_twice(
+    raw: dict[str, Any], tokenizer: Tokenizer
+) -> None:
+    raw["gradient_checkpointing"] = True
+    raw["base"]["prompts"] = []
+    recipe = check_recipe(raw, "test")
+    batches = full_rows(recipe, 1, 4)
+    trainer = Trainer(task_of(batches, validation={}), recipe, new_model(recipe), tokenizer, CPU)
+    calls: list[str] = []
+    for layer in trainer.model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: calls.append("mlp"))
+    assert trainer.run() == 0
+    assert len(calls) == 2 * recipe.model.num_hidden_layers
+
+
+@pytest.mark.skipif(training.why_not_compile(CPU) is not None, reason="no C++ compiler")
+def test_compilation_changes_the_losses_by_no_more_than_rounding(
+    raw: dict[str, Any],
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    raw["model"]["num_hidden_layers"] = 1
+    raw["common"]["log_every"] = 1
+    raw["base"]["prompts"] = []
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # starts no processes
+    losses = []
+    for on in (False, True):
+        raw["compile"] = on
+        recipe = check_recipe(raw, "test")
+        trained(task_of(full_rows(recipe, 3, 4), validation={}), recipe, tokenizer)
+        losses.append([float(row["loss"]) for row in logged()])
+    assert "not compiled" not in capsys.readouterr().out
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    saved = torch.load("checkpoints/micro/base/latest.pt", weights_only=True)
+    assert saved["model"].keys() == new_model(recipe).state_dict().keys()
+
+
+def test_without_a_compiler_the_run_says_so_and_goes_on(
+    raw: dict[str, Any],
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    raw["compile"] = True
+    raw["base"]["prompts"] = []
+    recipe = check_recipe(raw, "test")
+    trained(task_of(full_rows(recipe, 1, 4)), recipe, tokenizer)
+    assert "not compiled: no C++ compiler\n" in capsys.readouterr().out
+
+
+def test_bf16_trains_close_to_fp32_and_keeps_its_weights_in_fp32(
+    raw: dict[str, Any], tokenizer: Tokenizer
+) -> None:
+    raw["common"]["log_every"] = 1
+    losses: dict[str, list[float]] = {}
+    dtypes = set()
+    for precision in ("fp32", "bf16"):
+        recipe = check_recipe({**raw, "precision": precision}, "test")
+        trainer = Recorder(
+            task_of(full_rows(recipe, 8, 2)), recipe, new_model(recipe), tokenizer, CPU
+        )
+        shutil.rmtree("checkpoints", ignore_errors=True)
+        mlp = trainer.model.model.layers[0].mlp
+        mlp.register_forward_hook(lambda _, inputs, out: dtypes.add(out.dtype))
+        assert trainer.run() == 0
+        losses[precision] = [float(row["loss"]) for row in logged()]
+        assert all(weight.dtype == torch.float32 for weight in trainer.model.state_dict().values())
+        assert all(s["exp_avg"].dtype == torch.float32 for s in trainer.optimizer.state.values())
+    assert dtypes == {torch.float32, torch.bfloat16}
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.01)
+    assert losses["bf16"] != losses["fp32"]
+
+
+# ------------------------------------------------------------------------------ validation
+
+
+@pytest.fixture
+def start(recipe: Recipe, tokenizer: Tokenizer) -> Start:
+    return Start("base", recipe, "micro", CPU, new_model(recipe), tokenizer, None, None)
+
+
+def test_held_out_documents_are_not_trained_on(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Any] = []
+    documents = Tokenizer.documents
+
+    def recorded(self: Tokenizer, texts: list[Any]) -> list[list[int]]:
+        read.extend(texts)
+        return documents(self, texts)
+
+    monkeypatch.setattr(Tokenizer, "documents", recorded)
+    task = stream_task(start)  # tokenises what it validates on
+    held_out = set(read)
+    read.clear()
+    for _, _ in zip(range(220), task.batches(None), strict=False):
+        pass
+    assert len(held_out) == 3  # enough for two sequences of each source
+    assert len(set(read)) > 300, "more than one epoch should have gone by"
+    assert len(read) > len(set(read))
+    assert not held_out & set(read)
+
+
+class Watched:
+    """Language modelling that remembers whether each call was for training."""
+
+    def __init__(self) -> None:
+        self.training: list[bool] = []
+
+    def __call__(self, model: Transformer, batch: MicroBatch) -> tuple[Tensor, Sums]:
+        self.training.append(model.training)
+        assert torch.is_grad_enabled() == model.training
+        return language_modelling(model, batch)
+
+
+def test_two_validation_batches_of_each_source_run_before_the_first_step(
+    recipe: Recipe, tokenizer: Tokenizer
+) -> None:
+    loss = Watched()
+    many = Validation(full_rows(recipe, 1, 1, sequences=5)[0])  # five micro-batches
+    few = Validation(full_rows(recipe, 1, 4)[0])  # one
+    task = task_of(full_rows(recipe, 2, 4), loss=loss, validation={"many": many, "few": few})
+    trained(task, recipe, tokenizer)
+    assert loss.training[:4] == [False, False, False, True]
+
+
+def test_a_validation_that_fails_does_so_before_the_first_step(
+    recipe: Recipe, tokenizer: Tokenizer
+) -> None:
+    def broken(model: Transformer, batch: MicroBatch) -> tuple[Tensor, Sums]:
+        if not model.training:
+            raise ZeroDivisionError
+        raise AssertionError("a step was taken")
+
+    trainer = Trainer(
+        task_of(full_rows(recipe, 2, 4), loss=broken), recipe, new_model(recipe), tokenizer, CPU
+    )
+    with pytest.raises(ZeroDivisionError):
+        trainer.run()
+
+
+def test_validation_is_weighted_like_the_mix(recipe: Recipe, tokenizer: Tokenizer) -> None:
+    sides = {
+        "web": Validation(full_rows(recipe, 1, 1)[0], share=0.75),
+        "books": Validation(packed_rows(recipe, 1, 3)[0], share=0.25),
+    }
+    trained(task_of(full_rows(recipe, 1, 4), validation=sides), recipe, tokenizer)
+    row = logged()[-1]
+    web, books = float(row["val_web"]), float(row["val_books"])
+    assert abs(web - books) > 1e-3
+    assert float(row["val_loss"]) == pytest.approx(0.75 * web + 0.25 * books, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------ devices
+
+
+def test_auto_picks_cuda_before_mps_before_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def machine(cuda: bool, mps: bool) -> str:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: int(cuda))
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        return pick_device("auto").type
+
+    assert machine(cuda=True, mps=True) == "cuda"
+    assert machine(cuda=False, mps=True) == "mps"
+    assert machine(cuda=False, mps=False) == "cpu"
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:1", "mps", "xpu", "meta"])
+def test_a_device_that_is_not_there_is_a_plain_error(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError, match=f"--device {name}: there is no such device here"):
+        pick_device(name)
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "cuda:x", "cpu:-2"])
+def test_a_device_name_that_says_nothing_is_a_plain_error(name: str) -> None:
+    with pytest.raises(UserError, match=f"--device {name}: "):
+        pick_device(name)
+
+
+def test_the_second_gpu_of_a_machine_with_one_is_a_plain_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert pick_device("cuda:0") == torch.device("cuda:0")
+    with pytest.raises(UserError, match="--device cuda:1"):
+        pick_device("cuda:1")
+
+
+# ------------------------------------------------------------------------------ stage to stage
+
+
+@pytest.fixture
+def call(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Call:
+    """Runs a stage script's main in this process."""
+
+    def call(script: types.ModuleType, *arguments: str) -> int:
+        workshop.write()
+        monkeypatch.setattr(sys, "argv", ["x", "--recipe", str(workshop.recipe), *arguments])
+        with pytest.raises(SystemExit) as stop:
+            run(script.main)
+        return int(stop.value.code or 0)
+
+    return call
+
+
+@pytest.fixture
+def trainers(monkeypatch: pytest.MonkeyPatch) -> list[Trainer]:
+    """The trainers that the scripts make; the second and later ones are made but not run."""
+    made: list[Trainer] = []
+    run_it = Trainer.run
+
+    def run_first(self: Trainer) -> int:
+        made.append(self)
+        return run_it(self) if len(made) == 1 else 0
+
+    monkeypatch.setattr(Trainer, "run", run_first)
+    return made
+
+
+def test_the_anneal_continues_the_base_stages_optimizer(
+    call: Call, trainers: list[Trainer], workshop: Workshop
+) -> None:
+    workshop.raw["anneal"]["optimizer"] = {"learning_rate": 0.0007, "betas": [0.8, 0.9]}
+    assert call(train_pretrain, "--steps", "4") == 0
+    assert call(train_pretrain, "--stage", "anneal") == 0
+    base, anneal = (trainer.optimizer.state_dict() for trainer in trainers)
+    assert len(anneal["state"]) == len(base["state"]) > 0
+    for number, state in base["state"].items():
+        assert float(state["exp_avg"].abs().max()) > 0
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(anneal["state"][number][key], state[key])
+    for group in anneal["param_groups"]:  # but its hyper-parameters are its own
+        assert group["lr"] == 0.0007
+        assert tuple(group["betas"]) == (0.8, 0.9)
+    assert trainers[1].position.step == 0
+    for ours, theirs in zip(trainers[1].model.parameters(), trainers[0].model.parameters()):  # noqa: B905
+        assert torch.equal(ours, theirs)
+
+
+def test_the_chat_stage_begins_with_a_fresh_optimizer_and_the_weights_before_it(
+    call: Call, trainers: list[Trainer], workshop: Workshop
+) -> None:
+    assert call(train_pretrain, "--steps", "4") == 0
+    base = str(workshop.folder / "checkpoints/micro/base/latest.pt")
+    assert call(train_chat_pretrain, "--checkpoint", base) == 0
+    assert trainers[0].optimizer.state
+    assert not trainers[1].optimizer.state
+    for ours, theirs in zip(trainers[1].model.parameters(), trainers[0].model.parameters()):  # noqa: B905
+        assert torch.equal(ours, theirs)
+
+
+def test_the_anneal_reads_on_where_the_base_stage_stopped(
+    call: Call, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained_on: list[int] = []
+
+    def recorded(model: Transformer, batch: MicroBatch) -> tuple[Tensor, Sums]:
+        if model.training:
+            trained_on.extend(batch["input_ids"].flatten().tolist())
+        return language_modelling(model, batch)
+
+    monkeypatch.setattr(stage, "language_modelling", recorded)
+    for name in ("base", "anneal"):
+        workshop.raw[name]["sources"] = [{"name": "books", "weight": 1.0}]
+        workshop.raw[name]["prompts"] = []
+    assert call(train_pretrain, "--steps", "5") == 0
+    in_base = len(trained_on)
+    assert call(train_pretrain, "--stage", "anneal", "--steps", "7") == 0
+    assert len(trained_on) == in_base / 5 * 12
+
+    path = workshop.folder / "checkpoints/micro/anneal/latest.pt"
+    saved = torch.load(path, weights_only=True)
+    tokenizer = tokenization.from_json(saved["tokenizer"])
+    whole = "".join("\n" if id_ == tokenizer.end_of_text else tokenizer.decode([id_])
+                    for id_ in trained_on)  # fmt: skip
+    numbers = [document.split()[1] for document in whole.split("\n")[:-1]]
+    assert len(numbers) > 8
+    assert len(set(numbers)) == len(numbers), "a document came twice"
+    # One long stream: between the stages not a token is lost or repeated.
+    recipe = check_recipe(workshop.raw, "test")
+    model = Transformer(recipe.model.config())
+    alone = stream_task(Start("base", recipe, "micro", CPU, model, tokenizer, None, None))
+    tokens: list[int] = []
+    for _, batch in zip(range(12), alone.batches(None), strict=False):
+        tokens += [id_ for micro in batch.micro_batches for id_ in micro["input_ids"].flatten()]
+    assert trained_on == [int(id_) for id_ in tokens]
+
+
+def test_a_source_that_only_the_later_stage_has_begins_at_its_beginning(
+    start: Start, recipe: Recipe
+) -> None:
+    batches = stream_task(start).batches(None)
+    for _ in range(12):
+        position = next(batches).state
+    chat = dataclasses.replace(start, stage="chat", previous={"data": position})
+    first = next(stream_task(chat).batches(None)).state["sources"]
+    assert first["talk"]["documents"]["epoch"] == 0
+    assert first["talk"]["documents"]["block"] == 0
+    before = position["sources"]["web"]["documents"]
+    assert (first["web"]["documents"]["block"], first["web"]["documents"]["document"]) >= (
+        before["block"],
+        before["document"],
+    )
+    assert before["block"] > 0
+
+
+def test_the_time_that_validation_takes_does_not_count_as_training(
+    recipe: Recipe, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(10**9))
+    monkeypatch.setattr("hamner.tracking.time.perf_counter", lambda: float(next(clock)))
+    slow = Trainer._validate
+
+    def validate(self: Trainer, limit: int | None = None) -> dict[str, float]:
+        for _ in range(1000):
+            next(clock)
+        return slow(self, limit)
+
+    monkeypatch.setattr(Trainer, "_validate", validate)
+    trainer = trained(task_of(full_rows(recipe, 12, 4)), recipe, tokenizer)
+    assert trainer.position.seconds < 200
+
+
+def endless(batches: list[Batch]) -> Iterator[Batch]:
+    while True:
+        yield from batches
+
+
+def test_the_run_takes_exactly_as_many_steps_as_asked(recipe: Recipe, tokenizer: Tokenizer) -> None:
+    batches = full_rows(recipe, 2, 4)
+    task = task_of(batches, batches=lambda state: endless(batches), steps=7)
+    trainer = trained(task, recipe, tokenizer)
+    assert len(trainer.gradients) == 7
+    assert [row["step"] for row in logged()] == [str(n) for n in range(1, 8)]
+    assert trainer.position.tokens == 7 * 4 * recipe.base.sequence_length
+
+
+def test_documents_of_a_source_come_in_the_share_of_its_weight(start: Start) -> None:
+    batches = stream_task(start).batches(None)
+    for _ in range(25):
+        drawn = next(batches).state["drawn"]
+    assert drawn == {"web": 60, "books": 40}
+
+
+def test_an_empty_source_is_named_before_anything_is_trained(
+    start: Start, workshop: Workshop
+) -> None:
+    write_lines(workshop.folder / "texts/books.jsonl", [])
+    with pytest.raises(UserError, match="source 'books' is empty"):
+        stream_task(start)
