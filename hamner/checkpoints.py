@@ -25,6 +25,7 @@ from model import ModelConfig, Transformer
 
 FORMAT = 1
 Checkpoint = dict[str, Any]
+NEEDED_KEYS = ("stage", "recipe", "model_config", "model", "tokenizer", "step", "position")
 # What only the continuation of the same stage needs; best.pt goes without.
 TRAINING_KEYS = ("optimizer", "scaler", "data", "rng", "extra")
 
@@ -125,6 +126,12 @@ def load(path: Path) -> Checkpoint:
         ) from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this project (format {FORMAT})")
+    missing = [key for key in NEEDED_KEYS if key not in checkpoint]
+    if missing:
+        raise UserError(
+            f"{path} is not a checkpoint of this project (format {FORMAT}): it lacks "
+            f"{', '.join(missing)}"
+        )
     return checkpoint
 
 

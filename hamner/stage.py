@@ -73,9 +73,15 @@ class Start:
     tokenizer: Tokenizer
     resume: checkpoints.Checkpoint | None  # a checkpoint of this very stage
     previous: checkpoints.Checkpoint | None  # one of the stage before
+    fresh: bool = False  # an earlier run of this stage makes way
 
     def run(self, task: Task, inherit: dict[str, Any] | None = None) -> int:
-        """Train the task to its end; returns the exit code."""
+        """Train the task to its end; returns the exit code.
+
+        An earlier run is moved aside only here, when all that a new one needs has been found.
+        """
+        if self.fresh:
+            set_aside(self.stage, self.recipe)
         trainer = Trainer(
             task, self.recipe, self.model, self.tokenizer, self.device, self.resume, inherit
         )
@@ -106,12 +112,16 @@ def open_stage(stage: str, arguments: argparse.Namespace) -> Start | None:
         tokenizer, model = open_tokenizer(recipe), new_model(recipe)
     check_vocabulary(tokenizer, recipe)
     own = loaded is not None and loaded["stage"] == stage
-    if arguments.fresh:
-        set_aside(stage, recipe)
+    if loaded is not None and own and "optimizer" not in loaded:
+        raise UserError(
+            f"{path} holds weights only and can't be continued: name latest.pt or a step file of "
+            "its folder"
+        )
     describe_start(stage, recipe, path, loaded, device)
     resume, previous = (loaded, None) if own else (None, loaded)
     name: str = arguments.recipe
-    return Start(stage, recipe, name, device, model, tokenizer, resume, previous)
+    fresh: bool = arguments.fresh
+    return Start(stage, recipe, name, device, model, tokenizer, resume, previous, fresh)
 
 
 def find_checkpoint(stage: str, recipe: Recipe, arguments: argparse.Namespace) -> Path | None:

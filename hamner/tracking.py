@@ -157,7 +157,7 @@ def peak_flops(device: torch.device) -> float | None:
     return None
 
 
-def _measured_matmul_flops(size: int = 1_024, seconds: float = 0.5) -> float:
+def _measured_matmul_flops(size: int = 512, seconds: float = 0.5) -> float:
     """FLOP/s of fp32 matrix products on this CPU, the best of as many as fit the time."""
     a, b = torch.ones(size, size), torch.ones(size, size)
     best, end = float("inf"), time.perf_counter() + seconds

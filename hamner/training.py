@@ -91,7 +91,7 @@ class Position:
     skipped: int = 0
     best: float = math.inf  # lowest validation loss so far
     since_best: int = 0  # validations since then
-    stopped_early: bool = False  # patience ran out
+    stopped_early: bool = False  # patience ran out, or the epochs did
 
 
 def pick_device(name: str) -> torch.device:
@@ -288,15 +288,17 @@ class Trainer:
             contextlib.closing(batches),
             contextlib.closing(self.progress),
         ):
-            batch = next(batches)  # the sources take their time to begin; the clock waits
+            batch = next(batches, None)  # the sources take their time to begin; the clock waits
             self.watch = Stopwatch()
-            while True:
+            while batch is not None:
                 self._step(batch)
                 self._after_step(batch)
                 over = position.step >= task.steps or position.stopped_early
                 if over or interrupt.requested:
                     break
-                batch = next(batches)
+                batch = next(batches, None)
+        if batch is None:  # a run that went on with other batch sizes can come to the end sooner
+            position.stopped_early = True
         return self._finish()
 
     def _open_logs(self) -> None:

@@ -31,14 +31,14 @@ from hamner.errors import run
 torch.set_num_threads(1)  # more would wait for each other where cores are shared
 Command = tuple[types.ModuleType, tuple[str, ...]]
 STAGES: dict[str, Command] = {
-    "base": (train_pretrain, ()),
-    "anneal": (train_pretrain, ("--stage", "anneal")),
-    "chat": (train_chat_pretrain, ()),
-    "sft": (train_sft, ()),
-    "dpo": (train_dpo, ()),
+    "base": (train_pretrain, ("--device", "cpu")),
+    "anneal": (train_pretrain, ("--device", "cpu", "--stage", "anneal")),
+    "chat": (train_chat_pretrain, ("--device", "cpu")),
+    "sft": (train_sft, ("--device", "cpu")),
+    "dpo": (train_dpo, ("--device", "cpu")),
 }
 SCRIPTS: dict[str, Command] = {
-    **STAGES, "prepare": (prepare_sft_data, ()), "talk": (chat, ("--prompt", "hello")),
+    **STAGES, "prepare": (prepare_sft_data, ()), "talk": (chat, ("--cpu", "--prompt", "hello")),
 }  # fmt: skip
 BEFORE = {"anneal": "base", "chat": "anneal", "sft": "chat", "dpo": "sft"}
 
@@ -292,14 +292,9 @@ def test_missing_prepared_conversations_are_named_with_the_command(
     assert error.startswith(f"{copied.folder}/sft/train.jsonl doesn't exist: run `python prepare_")
 
 
-MOVED = pytest.mark.xfail(
-    strict=True, reason="open_stage moves the old run aside before the data is looked at"
-)
-
-
 @pytest.mark.parametrize(
     "name",
-    ["base", *(pytest.param(name, marks=MOVED) for name in ("anneal", "chat", "sft", "dpo"))],
+    STAGES,
 )
 def test_fresh_with_missing_data_moves_nothing(
     name: str, refused: Refused, copied: Workshop
@@ -350,10 +345,6 @@ def test_chat_names_a_checkpoint_that_was_cut_short(refused: Refused, copied: Wo
     assert "dpo/best.pt is damaged or cut short" in refused("talk", shop=copied)
 
 
-def escapes(kind: type[Exception]) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=True, raises=kind, reason="not caught when a checkpoint opens")
-
-
 class Evil:
     def __reduce__(self) -> tuple[Any, ...]:
         return (print, ("this was executed",))
@@ -362,11 +353,7 @@ class Evil:
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize(
     "kind",
-    [
-        *("empty", "pickle", "code", "foreign", "old format"),
-        pytest.param("text", marks=escapes(IndexError)),
-        pytest.param("hollow", marks=escapes(KeyError)),
-    ],
+    ["empty", "text", "pickle", "code", "foreign", "old format", "hollow"],
 )
 @pytest.mark.parametrize("name", ["chat", "talk"])
 def test_a_file_that_is_no_checkpoint_is_refused_and_never_executed(
@@ -477,7 +464,6 @@ def test_another_checkpoint_to_start_from_does_not_overwrite_a_run(
     assert error.startswith(f"checkpoints/micro/{name} already holds a run: add --fresh to ")
 
 
-@escapes(KeyError)
 @pytest.mark.parametrize("name", ["sft", "dpo"])
 def test_the_best_checkpoint_of_a_stage_can_not_be_continued_and_says_so(
     name: str, refused: Refused, finished: Workshop

@@ -63,7 +63,8 @@ def checkpoint(model: Transformer, tokenizer: Tokenizer) -> Checkpoint:
 
 def light(step: int = 1) -> Checkpoint:
     """As little as a checkpoint can be."""
-    return {"format": checkpoints.FORMAT, "step": step, "weight": torch.arange(64.0)}
+    whole = dict.fromkeys(checkpoints.NEEDED_KEYS, "")
+    return {**whole, "format": checkpoints.FORMAT, "step": step, "weight": torch.arange(64.0)}
 
 
 def refused(path: Path) -> str:
@@ -237,6 +238,7 @@ def test_text_and_other_files_are_refused(tmp_path: Path) -> None:
         {},
         {"model": {"w": torch.ones(2)}},
         {"format": checkpoints.FORMAT + 1, "model": {}},
+        {"format": checkpoints.FORMAT, "model": {}},
         None,
     ],
 )

@@ -38,11 +38,11 @@ from hamner import training
 HEAVY = ["torch._dynamo", "pyarrow.parquet", "tokenizers", "pydantic", "tqdm", "yaml", "pytest"]
 STAGES = ("base", "anneal", "chat", "sft", "dpo")
 SCRIPTS = {
-    "base": ("train_pretrain.py",),
-    "anneal": ("train_pretrain.py", "--stage", "anneal"),
-    "chat": ("train_chat_pretrain.py",),
-    "sft": ("train_sft.py",),
-    "dpo": ("train_dpo.py",),
+    "base": ("train_pretrain.py", "--device", "cpu"),
+    "anneal": ("train_pretrain.py", "--device", "cpu", "--stage", "anneal"),
+    "chat": ("train_chat_pretrain.py", "--device", "cpu"),
+    "sft": ("train_sft.py", "--device", "cpu"),
+    "dpo": ("train_dpo.py", "--device", "cpu"),
 }
 
 
@@ -260,10 +260,10 @@ def test_a_signal_stops_after_the_step_with_code_130_and_the_run_can_go_on(
     assert_same_logs(before, undisturbed, stage)
 
 
-def wait_for(path: Path, seconds: float = 60.0) -> None:
+def wait_for_step(folder: Path, step: int, seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < end, f"{path} did not appear"
+    while max((int(path.stem[5:]) for path in folder.glob("step_*.pt")), default=0) < step:
+        assert time.monotonic() < end, f"no step {step} in {folder}"
         time.sleep(0.005)
 
 
@@ -274,17 +274,19 @@ def test_killed_and_terminated_from_outside_the_script_itself_ends_bit_identical
     (tmp_path / "one").mkdir()
     (tmp_path / "other").mkdir()
     one = Runs(server, micro_workshop(tmp_path / "one"))
-    one.workshop.raw["base"].update(steps=150, prompts=[])
+    one.workshop.raw["base"].update(steps=250, prompts=[])
     one.workshop.raw["common"].update(validate_every=100, log_every=10)
     one.workshop.write()
     other = Runs(server, Workshop(tmp_path / "other", one.workshop.raw))
-    delays = random.Random("outside")
-    for step, number, code in ((3, signal.SIGKILL, -9), (30, signal.SIGTERM, 130)):
-        process = one.workshop.start("train_pretrain.py")
-        wait_for(one.folder / step_file("base", step))
+    delays, step = random.Random("outside"), 0
+    for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 130)):
+        process = one.workshop.start(*SCRIPTS["base"])
+        wait_for_step(one.checkpoints("base"), step + 3)
         time.sleep(delays.uniform(0, 0.05))
         process.send_signal(number)
-        assert process.wait(60) == code
+        process.communicate(timeout=60)
+        assert process.returncode == code
+        step = one.latest("base")["step"]
     one.run("base")
     other.run("base")
     assert_same_end(one, other, "base")

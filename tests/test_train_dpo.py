@@ -380,7 +380,8 @@ def call(workshop: Workshop, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPat
 
     def call(*arguments: str) -> int:
         workshop.write()
-        monkeypatch.setattr(sys, "argv", ["x", "--recipe", str(workshop.recipe), *arguments])
+        options = ["--device", "cpu", "--recipe", str(workshop.recipe)]
+        monkeypatch.setattr(sys, "argv", ["x", *options, *arguments])
         with pytest.raises(SystemExit) as stop:
             run(train_dpo.main)
         return int(stop.value.code or 0)
