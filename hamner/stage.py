@@ -85,6 +85,7 @@ class Start:
         trainer = Trainer(
             task, self.recipe, self.model, self.tokenizer, self.device, self.resume, inherit
         )
+        self.resume = self.previous = None  # gigabytes that nobody needs any more
         return trainer.run()
 
 

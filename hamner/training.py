@@ -157,6 +157,16 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
     return torch.autocast(device.type, PRECISIONS[precision])
 
 
+Sums = dict[str, Tensor]
+
+
+def add(sums: Sums, values: Mapping[str, Tensor]) -> None:
+    """Add values to sums, without asking the device for a number."""
+    for key, value in values.items():
+        value = value.detach().float()
+        sums[key] = sums[key] + value if key in sums else value
+
+
 class Interrupt:
     """Ctrl-C and SIGTERM ask for a stop after the current step; a second Ctrl-C stops at once."""
 
@@ -209,7 +219,7 @@ class Trainer:
         self._load_state(resume, inherit)
         self._flops = model.config.flops_per_token(self.settings.sequence_length)
         self._peak = peak_flops(device)
-        self._sums: dict[str, Tensor] = {}
+        self._sums: Sums = {}
         self._sum_steps = self._sum_tokens = self._skipped_in_a_row = 0
 
     # ------------------------------------------------------------------ state
@@ -299,6 +309,7 @@ class Trainer:
                 batch = next(batches, None)
         if batch is None:  # a run that went on with other batch sizes can come to the end sooner
             position.stopped_early = True
+            self._save()
         return self._finish()
 
     def _open_logs(self) -> None:
@@ -319,16 +330,21 @@ class Trainer:
             self.settings.schedule,
         )
         set_learning_rate(self.optimizer, self.rate)
+        sums: Sums = {}
         for micro_batch in batch.micro_batches:
             with self.autocast:
                 loss, metrics = self.task.loss(self.model, self._on_device(micro_batch))
                 mean = loss / batch.weight
             self.scaler.scale(mean).backward()
-            self._add({"loss": mean, **{k: v / batch.weight for k, v in metrics.items()}})
+            add(sums, {"loss": mean, **{k: v / batch.weight for k, v in metrics.items()}})
         self.scaler.unscale_(self.optimizer)
         clip = self.settings.optimizer.clip
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
-        self._update(bool(self.grad_norm.isfinite()))
+        finite = bool(self.grad_norm.isfinite())
+        if finite:
+            add(self._sums, sums)
+            self._sum_steps += 1
+        self._update(finite)
         self.optimizer.zero_grad(set_to_none=True)
 
     def _update(self, finite: bool) -> None:
@@ -339,7 +355,7 @@ class Trainer:
             self.position.skipped += 1
         self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
         self.scaler.update()
-        if self._skipped_in_a_row > MAX_SKIPPED:
+        if self._skipped_in_a_row >= MAX_SKIPPED:
             raise UserError(
                 f"{self.task.stage}: no finite gradient in {MAX_SKIPPED} steps in a row, stopped at"
                 f" step {self.position.step:,}; go on from an earlier checkpoint in {self.folder} "
@@ -352,19 +368,12 @@ class Trainer:
             return {k: v.to(self.device, non_blocking=True) for k, v in pinned.items()}
         return {key: value.to(self.device) for key, value in micro_batch.items()}
 
-    def _add(self, values: Mapping[str, Tensor]) -> None:
-        """Collect for the log without asking the device for a number."""
-        for key, value in values.items():
-            value = value.detach().float()
-            self._sums[key] = self._sums[key] + value if key in self._sums else value
-
     def _after_step(self, batch: Batch) -> None:
         """Count, log, validate, sample and save, each when its time has come."""
         position, settings = self.position, self.settings
         position.step += 1
         position.tokens += batch.tokens
         self.data = batch.state
-        self._sum_steps += 1
         self._sum_tokens += batch.tokens
         self.progress.advance()
         last = position.step == self.task.steps
@@ -397,8 +406,9 @@ class Trainer:
     # ------------------------------------------------------------------ looking at it
 
     def _metrics_row(self, epoch: float) -> dict[str, Any]:
-        """Means since the last row. Waits for the device, as the only place in the loop."""
+        """Means over the steps since the last row, those aside that were skipped."""
         means = {key: float(value) / self._sum_steps for key, value in self._sums.items()}
+        means.setdefault("loss", math.nan)  # all of them were
         seconds = self.watch.lap()
         self.position.seconds += seconds
         speed = self._sum_tokens / seconds
@@ -408,7 +418,7 @@ class Trainer:
         return {
             **means,
             "epoch": epoch,
-            "perplexity": math.exp(min(means["loss"], 50.0)),
+            "perplexity": math.exp(means["loss"]) if means["loss"] < 50 else math.nan,
             "learning_rate": self.rate,
             "grad_norm": float(self.grad_norm),
             "skipped_steps": self.position.skipped,

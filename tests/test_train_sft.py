@@ -399,3 +399,21 @@ def test_a_run_that_goes_on_with_another_batch_size_still_comes_to_an_end(
     workshop.raw["sft"].update(prompts=[])
     assert call("--steps", "10") == 0
     assert call("--set", "sft.sequences_per_step=2") in (0, 2)
+
+
+@pytest.mark.usefixtures("data_ready")
+@pytest.mark.parametrize("change", ["order", "repeat"])
+def test_a_resume_with_other_conversations_is_refused(
+    change: str, call: Call, workshop: Workshop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("--steps", "4") == 0
+    path = Path(workshop.raw["sft"]["data"]["folder"]) / "train.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    if change == "order":
+        rows.reverse()
+    else:
+        rows[0]["repeat"] = 3
+    write_lines(path, rows)
+    capsys.readouterr()
+    assert call() == 2
+    assert f"error: {path} is not what this run began with" in capsys.readouterr().err

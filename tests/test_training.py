@@ -233,7 +233,7 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run_with_a_plain_error(
     trainer = Recorder(task_of(batches, loss=loss), recipe, new_model(recipe), tokenizer, CPU)
     with pytest.raises(UserError, match="no finite gradient in 3 steps in a row, stopped at step"):
         trainer.run()
-    assert 5 + 2 <= trainer.position.step <= 5 + 3
+    assert trainer.position.step == 5 + 2
     assert all(weight.isfinite().all() for weight in trainer.model.state_dict().values())
 
 
