@@ -308,11 +308,14 @@ def prefetched(batches: Iterator[Batch], depth: int = 4) -> Generator[Batch, Non
         except BaseException as error:  # handed over to the consumer, whatever it is
             put(error)
 
-    threading.Thread(target=produce, daemon=True, name="prefetch").start()
+    thread = threading.Thread(target=produce, daemon=True, name="prefetch")
+    thread.start()
     try:
         while (item := ready.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
             yield item
     finally:
+        # A thread that the interpreter kills in the middle of compiled code aborts the process.
         stopped.set()
+        thread.join(timeout=60)

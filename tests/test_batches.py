@@ -597,3 +597,17 @@ def test_a_mix_read_ahead_in_the_background_goes_on_from_what_was_used() -> None
     resumed = islice(mixed(json_round_trip(used[-1].state)), 7)
     found = [rows_of(batch) for batch in [*used, *resumed]]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_when_closed_the_thread_has_ended_though_it_was_busy() -> None:
+    """One that is still in compiled code when the interpreter ends would abort the process."""
+
+    def slow() -> Iterator[Batch]:
+        for i in range(1_000):
+            time.sleep(0.05)
+            yield plain_batch(i)
+
+    iterator = prefetched(slow(), depth=1)
+    next(iterator)
+    iterator.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
