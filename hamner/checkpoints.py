@@ -121,9 +121,8 @@ def load(path: Path) -> Checkpoint:
             f"{path} is not a checkpoint of this project, or holds code beside data; not loaded"
         ) from None
     except Exception as error:  # the unpickler raises many kinds
-        raise UserError(
-            f"{path} is damaged or cut short, and was not touched ({first_line(error)})"
-        ) from None
+        reason = first_line(error).split(". ")[0]  # torch follows it with advice of its own
+        raise UserError(f"{path} is damaged or cut short, and was not touched ({reason})") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this project (format {FORMAT})")
     missing = [key for key in NEEDED_KEYS if key not in checkpoint]
