@@ -12,13 +12,13 @@ list divided by `` / ``, ``=`` a record, and ``q > a`` is a question with its an
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import random
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from hamner.files import write_json_lines
 
 MIN_WORDS, MAX_WORDS = 60, 220
 STATS_DOCUMENTS = 5000
@@ -483,18 +483,6 @@ def statistics(rows: Sequence[tuple[str, str]]) -> str:
     return "\n".join([*lines, f"distinct sentences: {share:.1%} of {len(sentences)}"])
 
 
-def write_jsonl(path: Path, rows: Sequence[tuple[str, str]]) -> None:
-    """Write the rows as JSON lines, the whole file or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        lines = (json.dumps({"text": text, "kind": kind}) for kind, text in rows)
-        draft.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line: print documents, write them, or print statistics."""
     parser = argparse.ArgumentParser(description="Simple English prose from a small grammar.")
@@ -511,7 +499,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError("--count must be at least 1.")
         rows = [compose(rng, args.kind) for _ in range(count)]
         if args.out:
-            write_jsonl(args.out, rows)
+            write_json_lines(args.out, ({"text": t, "kind": k} for k, t in rows))
     except (ValueError, OSError) as error:
         print(f"generate_prose.py: {error}", file=sys.stderr)
         return 2

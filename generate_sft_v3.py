@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import operator
-import os
 import random
 import re
 import statistics
@@ -28,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from hamner.files import write_json_lines
 
 TOTAL = 2129
 PERSONA = ("greetings", "identity", "opinions", "chitchat")
@@ -373,17 +373,6 @@ def preference_pairs(conversations: list[dict], seed: int = 42) -> list[dict]:
 # --- the command line -----------------------------------------------------------------------------
 
 
-def _write_jsonl(path: Path, rows: Iterable[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _spoken(talk: dict) -> list[dict]:
     return [message for message in talk["messages"] if message["role"] != "system"]
 
@@ -434,11 +423,11 @@ def _run(args: argparse.Namespace, talks: list[dict]) -> None:
         print("\n\n".join(map(_readable, random.Random(args.seed).sample(talks, count))))
     if args.stats or args.show is not None:
         return
-    _write_jsonl(args.out, talks)
+    write_json_lines(args.out, talks)
     print(f"{len(talks)} conversations in {args.out}")
     if args.pairs:
         pairs = preference_pairs(talks, args.seed)
-        _write_jsonl(args.pairs, pairs)
+        write_json_lines(args.pairs, pairs)
         print(f"{len(pairs)} preference pairs in {args.pairs}")
 
 
@@ -459,7 +448,7 @@ def main(argv: list[str] | None = None) -> int:
         _run(args, make(args.seed, names))
     except (OSError, ValueError) as error:
         print(f"generate_sft_v3.py: {error}", file=sys.stderr)
-        return 1
+        return 2
     return 0
 
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -23,10 +23,10 @@ from rich.table import Table
 from tqdm import tqdm
 
 from hamner.errors import UserError, run
+from hamner.files import write_json_lines
 from hamner.recipe import Recipe, SFTSource, load_recipe
-from hamner.sources import Document, fingerprint, is_held_out, open_stream
+from hamner.sources import Document, Row, fingerprint, is_held_out, open_stream
 from hamner.tokenization import check_message, whole_characters
-from hamner.tracking import write_text_whole
 
 Messages = list[dict[str, str]]
 
@@ -110,14 +110,11 @@ def keep(
     return None
 
 
-def lines(gathered: list[Gathered], side: str) -> str:
-    """One side of all sources as JSON lines."""
-    rows = [
-        {"messages": messages, "source": part.spec.label, "repeat": part.spec.repeat}
-        for part in gathered
-        for messages in getattr(part, side)
-    ]
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+def rows(gathered: list[Gathered], side: str) -> Iterator[Row]:
+    """One side of all sources, as the file's rows."""
+    for part in gathered:
+        for messages in getattr(part, side):
+            yield {"messages": messages, "source": part.spec.label, "repeat": part.spec.repeat}
 
 
 def summary(gathered: list[Gathered]) -> Table:
@@ -154,7 +151,7 @@ def main() -> int:
         if not any(getattr(part, side) for part in gathered):
             raise UserError(f"no conversation for {side}: change held_out_fraction in the recipe")
     for side in ("train", "validation"):
-        write_text_whole(folder / f"{side}.jsonl", lines(gathered, side))
+        write_json_lines(folder / f"{side}.jsonl", rows(gathered, side))
     Console().print(summary(gathered))
     print(f"written to {folder}/train.jsonl and validation.jsonl")
     return 0

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import operator
 import os
 import random
@@ -20,6 +19,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from hamner.files import write_json_lines
 
 Maker = Callable[[random.Random, int], tuple[str, str]]
 Phrasing = tuple[re.Pattern[str], dict[str, list[str]]]
@@ -558,17 +559,6 @@ def _statistics(args: argparse.Namespace) -> Iterator[str]:
             valid = sum(task.answer == "yes" for task in tasks) / count
             last = f"{valid:>8.1%}" if family == "brackets" else f"{'-':>8}"
             yield f"{family:<12}{level:>10}{distinct:>10.1%}{length:>12.1f}{last}"
-
-
-def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write one JSON object per line; the file appears complete or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _positive(text: str) -> int:

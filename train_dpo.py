@@ -9,7 +9,6 @@ first step, and kept in the checkpoint. Chosen and rejected answers are packed i
 from __future__ import annotations
 
 import functools
-import hashlib
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from hamner.batches import Batch, Example, MicroBatch, make_example, pack, packed_tensors
+from hamner.batches import Batch, Example, MicroBatch, digest, make_example, pack, packed_tensors
 from hamner.errors import UserError, run
 from hamner.recipe import Recipe
 from hamner.sources import Row, is_held_out, open_source
@@ -229,22 +228,16 @@ def reference_log_probabilities(start: Start, pairs: Sequence[Pair], side: str) 
     return torch.cat(parts, dim=1)
 
 
-def fingerprint(pairs: Sequence[Pair]) -> str:
-    """A digest of all tokens of all pairs, in order."""
-    digest = hashlib.blake2b(digest_size=16)
-    for pair in pairs:
-        for example in (pair.chosen, pair.rejected):
-            digest.update(len(example).to_bytes(4, "little") + example.input_ids.tobytes())
-    return digest.hexdigest()
-
-
 def references(start: Start, sides: dict[str, list[Pair]]) -> dict[str, Any]:
     """Reference log-probabilities of both sides: from the checkpoint of this run, or computed.
 
     Raises:
         UserError: the run began with other pairs.
     """
-    digests = {f"{side}_pairs": fingerprint(pairs) for side, pairs in sides.items()}
+    digests = {
+        f"{side}_pairs": digest(answer for pair in pairs for answer in (pair.chosen, pair.rejected))
+        for side, pairs in sides.items()
+    }
     if start.resume is None:
         computed = {s: reference_log_probabilities(start, pairs, s) for s, pairs in sides.items()}
         return {**computed, **digests}

@@ -8,13 +8,12 @@ words (and the `<|im_end|>` after them) carry loss.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hamner.batches import Batch, Example, PackedBatches, make_example, pack, packed_batch
+from hamner.batches import Batch, Example, PackedBatches, digest, make_example, pack, packed_batch
 from hamner.errors import UserError, run
 from hamner.sources import read_file
 from hamner.stage import Start, command, open_stage, stage_parser
@@ -99,8 +98,8 @@ def sft_task(start: Start) -> Task:
     def batches(state: dict[str, Any] | None) -> Iterator[Batch]:
         return iter(packed(state))
 
-    digest = fingerprint(train)
-    if start.resume is not None and start.resume["extra"]["conversations"] != digest:
+    began_with = {"conversations": digest(train.examples), "repeats": train.repeats}
+    if start.resume is not None and start.resume["extra"] != began_with:
         raise UserError(
             f"{settings.data.folder}/train.jsonl is not what this run began with: bring it back, "
             "or begin anew with --fresh"
@@ -119,18 +118,8 @@ def sft_task(start: Start) -> Task:
         keep_best=True,
         patience=settings.patience,
         chat_prompts=True,
-        extra={"conversations": digest},
+        extra=began_with,
     )
-
-
-def fingerprint(conversations: Conversations) -> str:
-    """A digest of all tokens of all conversations, in order, and how often they come."""
-    digest = hashlib.blake2b(digest_size=16)
-    for example, repeat in zip(conversations.examples, conversations.repeats, strict=True):
-        for number in (len(example), repeat):
-            digest.update(number.to_bytes(8, "little"))
-        digest.update(example.input_ids.tobytes())
-    return digest.hexdigest()
 
 
 def load_side(start: Start, side: str) -> Conversations:

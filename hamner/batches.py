@@ -7,11 +7,12 @@ checkpoint gets the very batches that an uninterrupted run would have got.
 from __future__ import annotations
 
 import bisect
+import hashlib
 import queue
 import random
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,6 +169,14 @@ class Example:
 
 def make_example(input_ids: Sequence[int], labels: Sequence[int]) -> Example:
     return Example(np.asarray(input_ids, np.int32), np.asarray(labels, np.int32))
+
+
+def digest(examples: Iterable[Example]) -> str:
+    """A fingerprint of the tokens of examples, in order."""
+    blake = hashlib.blake2b(digest_size=16)
+    for example in examples:
+        blake.update(len(example).to_bytes(4, "little") + example.input_ids.tobytes())
+    return blake.hexdigest()
 
 
 def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:

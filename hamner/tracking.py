@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from hamner.files import write_text_whole
+
 # Dense fp16/bf16 tensor-core peaks in FLOP/s, from the makers' data sheets (fp32 accumulation).
 PEAK_FLOPS = {
     "RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 210e12, "A100": 312e12,
@@ -25,17 +26,6 @@ PEAK_FLOPS = {
 
 def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def write_text_whole(path: Path, text: str) -> None:
-    """Write a text file through a temporary one beside it: whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 class MetricsCSV:
@@ -77,7 +67,7 @@ class SamplesJSONL:
 
     def __init__(self, path: Path, step: int):
         self.path = path
-        write_text_whole(path, "".join(self._kept(step)))
+        write_text_whole(path, self._kept(step))
 
     def _kept(self, step: int) -> list[str]:
         if step == 0 or not self.path.exists():

@@ -350,8 +350,8 @@ def test_a_failed_write_keeps_the_old_file(
     def full_disk(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(sft.os, "replace", full_disk)
-    assert sft.main(["--out", str(out)]) == 1
+    monkeypatch.setattr("os.replace", full_disk)
+    assert sft.main(["--out", str(out)]) == 2
     assert "disk full" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
     assert out.read_text() == "old\n"

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from hamner import tracking
-from hamner.tracking import MetricsCSV, Progress, SamplesJSONL, Stopwatch, write_text_whole
+from hamner.files import write_text_whole
+from hamner.tracking import MetricsCSV, Progress, SamplesJSONL, Stopwatch
 
 COLUMNS = ("timestamp", "step", "loss", "val_loss")
 
