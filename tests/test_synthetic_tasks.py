@@ -666,7 +666,7 @@ def test_failed_write_leaves_the_old_file(
         (["--split", "test"], "held_out"),
         (["--seed", "x"], "--seed"),
         (["--stats", "--chat"], "cannot be combined"),
-        (["--out", "/dev/null/tasks.jsonl"], "Not a directory"),
+        (["--out", "/dev/null/tasks.jsonl"], "/dev/null"),
         (["--unknown"], "--unknown"),
     ],
 )
