@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import queue
+import itertools
 import random
-import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hamner.prefetching import Prefetched
 from hamner.sources import DocumentStream
+from hamner.token_cache import Piece, TokenCache
 from hamner.tokenization import Tokenizer
 from model import IGNORE_INDEX
 
 MicroBatch = dict[str, Tensor]
 State = dict[str, Any]
-READ_AHEAD = 32  # documents tokenised together
+READ_AHEAD = 32  # documents tokenised together, on all cores
 OPEN_ROWS = 64  # rows that packing keeps open at once
 
 
@@ -48,48 +49,87 @@ class TokenStream:
     """The tokens of a source's documents, one document after the other.
 
     `state` says where the next token stands: the position of its document, and how many of the
-    document's tokens are gone already.
+    document's tokens are gone already. With `read_ahead`, a background thread keeps so many tokens
+    ready; with a cache, documents that it holds are not tokenised again.
     """
 
-    def __init__(self, documents: DocumentStream, tokenizer: Tokenizer, state: State | None = None):
+    def __init__(
+        self,
+        documents: DocumentStream,
+        tokenizer: Tokenizer,
+        state: State | None = None,
+        *,
+        read_ahead: int = 0,
+        cache: TokenCache | None = None,
+    ):
         if state is not None:
             documents.state = state["documents"]
         self._documents = documents
-        self._iterator = iter(documents)
-        self._tokenizer = tokenizer
-        self._ahead: deque[tuple[State, np.ndarray]] = deque()  # document positions and tokens
+        self._pieces: Iterator[list[Piece]] = tokenized(documents, tokenizer)
+        if cache is not None:
+            self._pieces = cache.through(documents, tokenizer, tokenized)
+        if read_ahead:
+            self._pieces = Prefetched(self._pieces, read_ahead, tokens_in)
+        self._ahead: deque[Piece] = deque()
         self._token = state["token"] if state is not None else 0
-        self._read_ahead(1)
 
     @property
     def state(self) -> State:
-        return {"documents": self._ahead[0][0], "token": self._token}
+        return {"documents": self._next().place, "token": self._token}
 
     def take(self, count: int) -> np.ndarray:
         """The next `count` tokens (count,), int64."""
         parts, missing = [], count
         while missing:
-            part = self._ahead[0][1][self._token : self._token + missing]
+            ids = self._next().ids
+            part = ids[self._token : self._token + missing]
             parts.append(part)
             missing -= len(part)
             self._token += len(part)
-            if self._token >= len(self._ahead[0][1]):
+            if self._token >= len(ids):
                 self._ahead.popleft()
                 self._token = 0
-                if not self._ahead:
-                    self._read_ahead(READ_AHEAD)
-        return np.concatenate(parts)
+        return np.concatenate(parts, dtype=np.int64)
 
-    def _read_ahead(self, count: int) -> None:
-        positions, documents = [], []
-        for _ in range(count):
-            document = next(self._iterator)
-            # The iterator has just moved past the document: its own position is one before.
-            after = self._documents.state
-            positions.append({**after, "document": after["document"] - 1})
-            documents.append(document)
-        for position, ids in zip(positions, self._tokenizer.documents(documents), strict=True):
-            self._ahead.append((position, np.asarray(ids, dtype=np.int64)))
+    def begin(self) -> None:
+        """Have the background thread begin, if there is one."""
+        if isinstance(self._pieces, Prefetched):
+            self._pieces.wait(0)
+
+    def close(self) -> None:
+        """End what runs in the background; from any thread."""
+        self._documents.close()
+        if isinstance(self._pieces, Prefetched):
+            self._pieces.close()
+
+    def _next(self) -> Piece:
+        while not self._ahead:
+            self._ahead.extend(next(self._pieces))
+        return self._ahead[0]
+
+
+def tokenized(documents: DocumentStream, tokenizer: Tokenizer) -> Iterator[list[Piece]]:
+    """The stream's documents from where it stands, tokenised some at a time."""
+    iterator = iter(documents)
+    while True:
+        places, texts = [], []
+        for document in itertools.islice(iterator, READ_AHEAD):
+            # The iterator has just moved past the document: its own place is one before.
+            after = documents.state
+            before = {"document": after["document"] - 1, "number": after["number"] - 1}
+            places.append({**after, **before})
+            texts.append(document)
+        if not texts:
+            return
+        tokens = tokenizer.documents(texts)
+        yield [
+            Piece(place, np.asarray(ids, dtype=np.int32))
+            for place, ids in zip(places, tokens, strict=True)
+        ]
+
+
+def tokens_in(pieces: list[Piece]) -> int:
+    return sum(len(piece.ids) for piece in pieces)
 
 
 class MixedBatches:
@@ -117,15 +157,24 @@ class MixedBatches:
         self.drawn = {name: (drawn or {}).get(name, 0) for name in self.streams}
 
     def __iter__(self) -> Iterator[Batch]:
-        while True:
-            rows = np.stack([self._sequence() for _ in range(self.sequences_per_step)])
-            input_ids = torch.from_numpy(rows)
-            yield Batch(
-                micro_batches=[{"input_ids": ids} for ids in input_ids.split(self.micro_batch)],
-                weight=len(rows) * (self.sequence_length - 1),
-                tokens=rows.size,
-                state=self.state,
-            )
+        return self
+
+    def __next__(self) -> Batch:
+        for stream in self.streams.values():
+            stream.begin()
+        rows = np.stack([self._sequence() for _ in range(self.sequences_per_step)])
+        input_ids = torch.from_numpy(rows)
+        return Batch(
+            micro_batches=[{"input_ids": ids} for ids in input_ids.split(self.micro_batch)],
+            weight=len(rows) * (self.sequence_length - 1),
+            tokens=rows.size,
+            state=self.state,
+        )
+
+    def close(self) -> None:
+        """End what the streams have running in the background; from any thread."""
+        for stream in self.streams.values():
+            stream.close()
 
     @property
     def state(self) -> State:
@@ -289,42 +338,3 @@ def packed_batch(
     labelled = sum(int((micro["labels"] != IGNORE_INDEX).sum()) for micro in micro_batches)
     tokens = sum(len(example) for row in rows for example in row)
     return Batch(micro_batches, labelled, tokens, state, epoch)
-
-
-# ------------------------------------------------------------------------------ prefetching
-
-
-def prefetched(batches: Iterator[Batch], depth: int = 4) -> Generator[Batch, None, None]:
-    """The same batches, made by a background thread up to `depth` ahead of their use."""
-    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
-    stopped = threading.Event()
-
-    def put(item: Batch | BaseException | None) -> bool:
-        while not stopped.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def produce() -> None:
-        try:
-            for batch in batches:
-                if not put(batch):
-                    return
-            put(None)
-        except BaseException as error:  # handed over to the consumer, whatever it is
-            put(error)
-
-    thread = threading.Thread(target=produce, daemon=True, name="prefetch")
-    thread.start()
-    try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        # A thread that the interpreter kills in the middle of compiled code aborts the process.
-        stopped.set()
-        thread.join(timeout=60)

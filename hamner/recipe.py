@@ -94,6 +94,7 @@ class HubSource(SourcePart):
     config: str | None = None
     split: str
     data_dir: str | None = None
+    revision: str | None = None  # a branch, tag or commit; None is what stands on the hub now
 
 
 class FileSource(SourcePart):
@@ -233,6 +234,9 @@ class Recipe(Part):
     compile: bool
     gradient_checkpointing: bool
     data_dir: str = "."
+    mirror: str | None = None  # folder with copies of hub data sets, as owner/name/files
+    token_cache: str | None = None  # folder that keeps what was tokenised, for the next run
+    read_ahead: Count = 100_000  # tokens of each source that are made ready in the background
     held_out_fraction: Annotated[float, Field(gt=0, lt=1)]  # of each source's documents
     system_prompt: str
     sampling: SamplingPart

@@ -1,4 +1,4 @@
-"""Where documents come from: hub streams, local files, generators, the installed packages.
+"""Where documents come from: hub data sets, local files, generators, the installed packages.
 
 A source yields documents one after another, each with the position after it; a position is plain
 data, and a source opened at it goes on exactly there. `DocumentStream` makes of it what training
@@ -17,7 +17,8 @@ import importlib
 import json
 import random
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +26,8 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hamner.errors import UserError, first_line
+from hamner.errors import UserError
+from hamner.hub import Hub, Row
 from hamner.recipe import (
     AnySource,
     FileSource,
@@ -36,9 +38,9 @@ from hamner.recipe import (
     SourcePart,
 )
 
-Row = dict[str, Any]
 Document = str | list[dict[str, str]]
 Position = Any  # plain data: what JSON can hold
+State = dict[str, Any]  # likewise
 PIECE = 4_000  # characters: about so long are the documents that a .txt file is cut into
 
 
@@ -49,12 +51,20 @@ class Source(Protocol):
         The same epoch gives the same rows in the same order, always.
         """
 
+    def identity(self, position: Position) -> Any:
+        """What its rows follow from, as plain data; None if there is no saying."""
+        return None
+
+    def close(self) -> None:
+        """Stop waiting for whatever the source waits for; called from another thread."""
+        return None
+
 
 # ------------------------------------------------------------------------------- local files
 
 
 @dataclass
-class Files:
+class Files(Source):
     """Parquet, JSON lines and text files, also compressed (.gz .bz2 .zst .lz4), as globs."""
 
     name: str
@@ -73,6 +83,9 @@ class Files:
                 )
             found.update(matches)
         return [Path(path) for path in sorted(found)]
+
+    def identity(self, position: Position) -> Any:
+        return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in self.paths()]
 
     def rows(self, epoch: int, position: Position) -> Iterator[tuple[Row, Position]]:
         paths = self.paths()
@@ -165,50 +178,11 @@ READERS: dict[str, Callable[[Path, int], Iterator[tuple[int, Row]]]] = {
 }
 
 
-# ------------------------------------------------------------------------------- hub streams
-
-
-@dataclass
-class Hub:
-    """A dataset of the Hugging Face hub, streamed with `datasets`, resumed by its state."""
-
-    name: str
-    spec: HubSource
-    seed: int
-
-    def rows(self, epoch: int, position: Position) -> Iterator[tuple[Row, Position]]:
-        stream = self._open().shuffle(seed=self.seed, buffer_size=1)  # shard order only
-        stream.set_epoch(epoch)
-        if position is not None:
-            stream.load_state_dict(position)
-        for row in stream:
-            yield row, stream.state_dict()
-
-    def _open(self) -> Any:
-        import datasets
-
-        try:
-            return datasets.load_dataset(
-                self.spec.dataset,
-                self.spec.config,
-                split=self.spec.split,
-                data_dir=self.spec.data_dir,
-                streaming=True,
-            )
-        except Exception as error:  # the hub client raises many kinds
-            raise UserError(
-                f"source {self.name!r}: can't open {self.spec.dataset!r} on the hub "
-                f"({first_line(error)}). Check name and network; if the dataset "
-                f"is gated, accept its terms at https://huggingface.co/datasets/{self.spec.dataset}"
-                " and log in with `hf auth login`"
-            ) from None
-
-
 # ------------------------------------------------------------------------------- made here
 
 
 @dataclass
-class Generated:
+class Generated(Source):
     """Documents without end from a function of ours, or of yours: `module:function`."""
 
     name: str
@@ -237,7 +211,7 @@ class Generated:
 
 
 @dataclass
-class Packages:
+class Packages(Source):
     """Documentation or source code of the Python packages that are installed here."""
 
     name: str
@@ -294,7 +268,7 @@ def open_source(name: str, recipe: Recipe) -> Source:
     if isinstance(spec, FileSource):
         return Files(name, spec, recipe.data_dir, recipe.seed)
     if isinstance(spec, HubSource):
-        return Hub(name, spec, recipe.seed)
+        return Hub(name, spec, recipe.seed, recipe.mirror)
     if isinstance(spec, GeneratorSource):
         return Generated(name, spec, recipe.seed)
     return Packages(name, spec, recipe.seed)
@@ -338,7 +312,8 @@ class DocumentStream:
 
     `state` is the position before the next document, as plain data; `DocumentStream(..., state)`
     goes on from there with the same documents. A block is read ahead, ordered by the seed, and
-    handed out; after a resume it is read again and what was handed out is passed over.
+    handed out; after a resume it is read again and what was handed out is passed over. `number`
+    counts the documents since the beginning, over all epochs.
     """
 
     name: str
@@ -347,25 +322,33 @@ class DocumentStream:
     seed: int
     held_out_fraction: float
     held_out: bool = False
-    state: dict[str, Any] = field(
-        default_factory=lambda: {"epoch": 0, "position": None, "block": 0, "document": 0}
-    )
+    state: State = field(
+        default_factory=lambda: {
+            "epoch": 0, "position": None, "block": 0, "document": 0, "number": 0,
+        }
+    )  # fmt: skip
 
     def __iter__(self) -> Iterator[Document]:
         while True:
             for block, following in self._blocks():
                 for document in block[self.state["document"] :]:
-                    self.state = {**self.state, "document": self.state["document"] + 1}
+                    handed_out = self.state["document"] + 1
+                    number = self.state["number"] + 1
+                    self.state = {**self.state, "document": handed_out, "number": number}
                     yield document
-                number = self.state["block"] + 1
-                self.state = {**self.state, "position": following, "block": number, "document": 0}
+                after = {"position": following, "block": self.state["block"] + 1, "document": 0}
+                self.state = {**self.state, **after}
             if self.state["block"] == 0:
                 raise UserError(
                     f"source {self.name!r} is empty: no {'held-out ' * self.held_out}document with "
                     f"at least {self.spec.min_characters} characters"
                 )
-            epoch = self.state["epoch"] + 1
-            self.state = {"epoch": epoch, "position": None, "block": 0, "document": 0}
+            again = {"position": None, "block": 0, "document": 0}
+            self.state = {**self.state, **again, "epoch": self.state["epoch"] + 1}
+
+    def close(self) -> None:
+        """Stop waiting for a source that doesn't answer; from any thread."""
+        self.source.close()
 
     def one_epoch(self) -> Iterator[Document]:
         """The documents of the current epoch alone, shuffled; may be none."""
@@ -400,6 +383,8 @@ class DocumentStream:
     def _document(self, row: Row) -> Document | None:
         """The row's document if it passes the filters and lies on our side of the split."""
         document = row.get(self.spec.column)
+        if document is None and self.spec.column in row:
+            return None
         if not isinstance(document, (str, list)):
             raise UserError(
                 f"source {self.name!r}: its rows have no text or messages in column "
@@ -427,18 +412,30 @@ def open_stream(name: str, recipe: Recipe, *, held_out: bool = False) -> Documen
     )
 
 
-def check_sources(names: list[str], recipe: Recipe) -> None:
+def check_sources(names: Iterable[str], recipe: Recipe) -> None:
     """Open every source and read one document; report all problems at once.
 
     Raises:
         UserError: with a line for each source that can't be used.
     """
-    problems = []
-    for name in dict.fromkeys(names):
-        try:
-            if next(open_stream(name, recipe).in_order(), None) is None:
-                problems.append(f"source {name!r} is empty: no document passes its filters")
-        except UserError as error:
-            problems.append(str(error))
+    problems = source_problems(names, recipe)
     if problems:
         raise UserError("\n       ".join(problems))
+
+
+def source_problems(names: Iterable[str], recipe: Recipe) -> list[str]:
+    """What is wrong with the sources of these names, looked at side by side."""
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda name: _source_problem(name, recipe), dict.fromkeys(names))
+        return [problem for problem in found if problem is not None]
+
+
+def _source_problem(name: str, recipe: Recipe) -> str | None:
+    stream = open_stream(name, recipe)
+    if isinstance(stream.source, Hub):
+        stream.source.hurry()
+    try:
+        empty = next(stream.in_order(), None) is None
+    except UserError as error:
+        return str(error)
+    return f"source {name!r} is empty: no document passes its filters" if empty else None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hamner import checkpoints, tokenization
 from hamner.batches import (
@@ -19,8 +20,9 @@ from hamner.batches import (
 )
 from hamner.errors import UserError
 from hamner.plan import print_plan
-from hamner.recipe import Recipe, StreamStage, load_recipe
-from hamner.sources import DocumentStream, check_sources, open_stream
+from hamner.recipe import STAGES, DPOStage, HubSource, Recipe, SFTStage, StreamStage, load_recipe
+from hamner.sources import DocumentStream, open_stream, source_problems
+from hamner.token_cache import TokenCache
 from hamner.tokenization import Tokenizer
 from hamner.training import Task, Trainer, Validation, language_modelling, pick_device
 from model import Transformer
@@ -105,11 +107,11 @@ def open_stage(stage: str, arguments: argparse.Namespace) -> Start | None:
         return None
     path = find_checkpoint(stage, recipe, arguments)
     loaded = checkpoints.load(path) if path else None
+    check_needs(stage, recipe, new=loaded is None)
     if loaded is not None and path is not None:
         checkpoints.check_same_model(loaded, recipe.model.config(), path)
         tokenizer, model = checkpoints.load_tokenizer(loaded), checkpoints.load_model(loaded, path)
     else:
-        check_sources([source.name for source in recipe.base.sources], recipe)
         tokenizer, model = open_tokenizer(recipe), new_model(recipe)
     check_vocabulary(tokenizer, recipe)
     own = loaded is not None and loaded["stage"] == stage
@@ -123,6 +125,49 @@ def open_stage(stage: str, arguments: argparse.Namespace) -> Start | None:
     name: str = arguments.recipe
     fresh: bool = arguments.fresh
     return Start(stage, recipe, name, device, model, tokenizer, resume, previous, fresh)
+
+
+def check_needs(stage: str, recipe: Recipe, *, new: bool) -> None:
+    """Open every source of a stage, and the tokenizer of a new run, and read from each.
+
+    The base stage also tells what the stages after it will want and can't have yet, such as a gated
+    data set: there are days in which to ask for it.
+
+    Raises:
+        UserError: all that is wrong, at once.
+    """
+    names = stage_sources(recipe, stage) if stage != "sft" else []  # that reads what is prepared
+    problems = source_problems(names, recipe)
+    if new:
+        problems += tokenizer_problems(recipe)
+    if problems:
+        raise UserError("\n       ".join(problems))
+    if stage == "base":
+        later = {name for stage in STAGES[1:] for name in stage_sources(recipe, stage)}
+        hub = {name for name, source in recipe.sources.items() if isinstance(source, HubSource)}
+        for problem in source_problems(sorted(later & hub - set(names)), recipe):
+            print(f"a later stage will need this: {problem}", flush=True)
+
+
+def stage_sources(recipe: Recipe, stage: str) -> list[str]:
+    """The names of the sources that a stage, or its preparation, reads."""
+    settings = recipe.stage(stage)
+    if isinstance(settings, StreamStage):
+        return [source.name for source in settings.sources]
+    if isinstance(settings, SFTStage):
+        return [source.name for source in settings.data.sources]
+    assert isinstance(settings, DPOStage)
+    return [settings.train, settings.validation]
+
+
+def tokenizer_problems(recipe: Recipe) -> list[str]:
+    if recipe.tokenizer.train is not None:
+        return []  # trained on sources that have been looked at
+    try:
+        open_tokenizer(recipe)
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 def find_checkpoint(stage: str, recipe: Recipe, arguments: argparse.Namespace) -> Path | None:
@@ -196,6 +241,9 @@ def open_tokenizer(recipe: Recipe) -> Tokenizer:
     """The recipe's tokenizer: from the hub, from a file, or trained now on its sources."""
     spec = recipe.tokenizer
     if spec.hub is not None:
+        copy = Path(recipe.mirror or "", spec.hub)
+        if recipe.mirror is not None and copy.is_dir():
+            return tokenization.from_path(copy)
         return tokenization.from_hub(spec.hub)
     if spec.path is not None:
         return tokenization.from_path(Path(spec.path))
@@ -239,18 +287,15 @@ def stream_task(start: Start) -> Task:
     recipe, tokenizer = start.recipe, start.tokenizer
     settings = recipe.stage(start.stage)
     assert isinstance(settings, StreamStage)
-    names = [source.name for source in settings.sources]
-    check_sources(names, recipe)
     before = (start.previous or {}).get("data") or {}
 
     def batches(state: dict[str, Any] | None) -> MixedBatches:
         places = (state or before).get("sources", {})
-        streams = {
-            name: TokenStream(open_stream(name, recipe), tokenizer, places.get(name))
-            for name in names
-        }
         return MixedBatches(
-            streams,
+            {
+                source.name: open_tokens(source.name, recipe, tokenizer, places.get(source.name))
+                for source in settings.sources
+            },
             {source.name: source.weight for source in settings.sources},
             sequence_length=settings.sequence_length,
             sequences_per_step=settings.sequences_per_step,
@@ -258,30 +303,53 @@ def stream_task(start: Start) -> Task:
             drawn=(state or {}).get("drawn"),
         )
 
+    kept = (start.resume or {}).get("extra", {}).get("held_out", {})
+    held_out = held_out_tokens(recipe, settings, tokenizer, kept)
     return Task(
         stage=start.stage,
-        batches=lambda state: iter(batches(state)),
+        batches=batches,
         steps=settings.steps,
         loss=language_modelling,
-        validation=stream_validation(recipe, settings, tokenizer),
+        validation=stream_validation(settings, held_out),
         chat_prompts=start.stage == "chat",
+        extra={"held_out": held_out},
     )
 
 
-def stream_validation(
-    recipe: Recipe, settings: StreamStage, tokenizer: Tokenizer
-) -> dict[str, Validation]:
+def open_tokens(
+    name: str, recipe: Recipe, tokenizer: Tokenizer, place: dict[str, Any] | None
+) -> TokenStream:
+    """The tokens of a source from a place on, made ready in the background."""
+    cache = TokenCache(Path(recipe.token_cache)) if recipe.token_cache else None
+    documents = open_stream(name, recipe)
+    return TokenStream(documents, tokenizer, place, read_ahead=recipe.read_ahead, cache=cache)
+
+
+def held_out_tokens(
+    recipe: Recipe, settings: StreamStage, tokenizer: Tokenizer, kept: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Held-out sequences (N, T) int32 of every source; those that a checkpoint kept stay."""
+    count, length = settings.validation_sequences, settings.sequence_length
+    found = {}
+    for source in settings.sources:
+        found[source.name] = kept.get(source.name, torch.empty(0, 0))
+        if found[source.name].shape != (count, length):
+            documents = open_stream(source.name, recipe, held_out=True)
+            sequences = held_out_sequences(documents, tokenizer, length, count)
+            found[source.name] = sequences.int()
+    return found
+
+
+def stream_validation(settings: StreamStage, held_out: dict[str, Tensor]) -> dict[str, Validation]:
     """Held-out sequences of every source, weighted in the mean like the mix."""
     result = {}
     for source in settings.sources:
-        documents = open_stream(source.name, recipe, held_out=True)
-        length, count = settings.sequence_length, settings.validation_sequences
-        sequences = held_out_sequences(documents, tokenizer, length, count)
+        sequences = held_out[source.name].long()
         if not len(sequences):
             print(f"source {source.name!r}: too little held-out text to validate on")
             continue
         parts = [{"input_ids": ids} for ids in sequences.split(settings.micro_batch)]
-        weight = sequences.shape[0] * (length - 1)
+        weight = sequences.shape[0] * (sequences.shape[1] - 1)
         batch = Batch(parts, weight, sequences.numel(), {})
         result[source.name] = Validation(batch, source.weight)
     return result

@@ -42,7 +42,7 @@ class MetricsCSV:
         writer = csv.DictWriter(buffer, self.columns, restval="", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(self._kept(step))
-        write_text_whole(path, buffer.getvalue())
+        write_text_whole(path, [buffer.getvalue()])
 
     def _kept(self, step: int) -> list[dict[str, str]]:
         if step == 0 or not self.path.exists():

@@ -12,6 +12,7 @@ import importlib.util
 import math
 import shutil
 import signal
+import time
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,10 +24,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hamner import checkpoints
-from hamner.batches import Batch, MicroBatch, prefetched
+from hamner.batches import Batch, MicroBatch
 from hamner.errors import UserError
 from hamner.generation import Sampling, generate_text
 from hamner.optim import learning_rate, make_optimizer, set_learning_rate
+from hamner.prefetching import Prefetched
 from hamner.recipe import Recipe, StagePart
 from hamner.tokenization import Tokenizer
 from hamner.tracking import MetricsCSV, Progress, SamplesJSONL, Stopwatch, now, peak_flops
@@ -35,8 +37,8 @@ from model import Transformer
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 COLUMNS = (
     "timestamp", "step", "epoch", "loss", "perplexity", "learning_rate", "grad_norm",
-    "skipped_steps", "loss_scale", "tokens_per_sec", "mfu", "tokens_total", "elapsed_hours",
-    "val_loss",
+    "skipped_steps", "loss_scale", "tokens_per_sec", "mfu", "data_wait", "tokens_total",
+    "elapsed_hours", "val_loss",
 )  # fmt: skip
 SANITY_BATCHES = 2  # validation micro-batches before the first step
 EAGER = contextlib.nullcontext()
@@ -221,6 +223,7 @@ class Trainer:
         self._peak = peak_flops(device)
         self._sums: Sums = {}
         self._sum_steps = self._sum_tokens = self._skipped_in_a_row = 0
+        self._waited = 0.0  # seconds spent waiting for batches since the last row
 
     # ------------------------------------------------------------------ state
 
@@ -292,25 +295,46 @@ class Trainer:
         self._saved_step = position.step
         self.progress = Progress(task.stage, position.step, task.steps)
         self.model.train()
-        batches = prefetched(task.batches(self.data))
+        batches = Prefetched(task.batches(self.data))
         with (
             Interrupt() as interrupt,
             contextlib.closing(batches),
             contextlib.closing(self.progress),
         ):
-            batch = next(batches, None)  # the sources take their time to begin; the clock waits
-            self.watch = Stopwatch()
+            batch = self._next(batches, interrupt)
+            self.watch = Stopwatch()  # the sources took their time to begin; the clock waited
+            self._waited = 0.0
             while batch is not None:
                 self._step(batch)
                 self._after_step(batch)
-                over = position.step >= task.steps or position.stopped_early
-                if over or interrupt.requested:
+                if position.step >= task.steps or position.stopped_early:
                     break
-                batch = next(batches, None)
-        if batch is None:  # a run that went on with other batch sizes can come to the end sooner
-            position.stopped_early = True
+                batch = self._next(batches, interrupt)
+        if batch is None and not interrupt.requested:
+            position.stopped_early = True  # with other batch sizes than before, the data end sooner
             self._save()
         return self._finish()
+
+    def _next(self, batches: Prefetched[Batch], interrupt: Interrupt) -> Batch | None:
+        """The next batch; None if there is none or the run is to stop.
+
+        Raises:
+            UserError: a source can't go on. What has been learnt is saved first.
+        """
+        begin = time.perf_counter()
+        while not interrupt.requested:
+            if batches.wait(0.2):  # so that a stop is heeded while the network is down
+                break
+        else:
+            return None
+        try:
+            return next(batches, None)
+        except UserError:
+            if self._saved_step != self.position.step:
+                self._save()
+            raise
+        finally:
+            self._waited += time.perf_counter() - begin
 
     def _open_logs(self) -> None:
         columns = [*COLUMNS, *self.task.metrics]
@@ -413,6 +437,7 @@ class Trainer:
         self.position.seconds += seconds
         speed = self._sum_tokens / seconds
         mfu = speed * self._flops / self._peak if self._peak else None
+        data_wait, self._waited = self._waited / seconds, 0.0
         self._sums, self._sum_steps, self._sum_tokens = {}, 0, 0
         self.progress.report(means["loss"], speed, mfu)
         return {
@@ -425,6 +450,7 @@ class Trainer:
             "loss_scale": self.scaler.get_scale(),
             "tokens_per_sec": speed,
             "mfu": "" if mfu is None else mfu,
+            "data_wait": data_wait,  # share of the time in which the model waited for tokens
             "tokens_total": self.position.tokens,
             "elapsed_hours": self.position.seconds / 3600,
         }

@@ -31,11 +31,10 @@ from hamner.batches import (
     pack,
     packed_batch,
     packed_tensors,
-    prefetched,
 )
-from hamner.errors import UserError
+from hamner.prefetching import Prefetched
 from hamner.recipe import SourcePart, load_recipe
-from hamner.sources import DocumentStream, is_held_out
+from hamner.sources import DocumentStream, Source, is_held_out
 
 END = 0
 
@@ -50,7 +49,7 @@ class Numbers:
         return [int(word) for word in document.split()] + [END]
 
 
-class Listed:
+class Listed(Source):
     """A source over a list of texts."""
 
     def __init__(self, documents: list[str]):
@@ -493,104 +492,13 @@ def test_packed_batches_go_on_exactly_from_any_batch() -> None:
         ]
 
 
-# ------------------------------------------------------------------------------- prefetching
-
-
-def plain_batch(number: int) -> Batch:
-    return Batch([], 1.0, 1, {"number": number})
-
-
-def numbers_of(batches: Iterator[Batch]) -> list[int]:
-    return [batch.state["number"] for batch in batches]
-
-
-def new_threads(before: set[threading.Thread]) -> set[threading.Thread]:
-    return set(threading.enumerate()) - before
-
-
-@pytest.mark.parametrize("depth", [1, 4, 100])
-@pytest.mark.parametrize("count", [0, 1, 25])
-def test_prefetched_batches_are_the_same_batches(count: int, depth: int) -> None:
-    found = numbers_of(prefetched((plain_batch(i) for i in range(count)), depth))
-    assert found == list(range(count))
-
-
-@pytest.mark.parametrize("error", [UserError("no such file"), ValueError("odd"), SystemExit(3)])
-def test_what_goes_wrong_in_the_background_arrives_at_the_consumer_in_its_place(
-    error: BaseException,
-) -> None:
-    def batches() -> Iterator[Batch]:
-        yield plain_batch(0)
-        yield plain_batch(1)
-        raise error
-
-    iterator = prefetched(batches())
-    assert numbers_of(islice(iterator, 2)) == [0, 1]
-    with pytest.raises(type(error)) as caught:
-        next(iterator)
-    assert caught.value is error
-
-
-def test_batches_are_made_ahead_but_not_without_limit() -> None:
-    made = []
-
-    def batches() -> Iterator[Batch]:
-        for i in range(1_000):
-            made.append(i)
-            yield plain_batch(i)
-
-    iterator = prefetched(batches(), depth=3)
-    assert next(iterator).state["number"] == 0
-    deadline = time.monotonic() + 5
-    while len(made) < 5 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.05)
-    assert len(made) == 5  # one in use, three waiting, one in hand
-    iterator.close()
-
-
-def test_closing_stops_the_background_thread() -> None:
-    def batches() -> Iterator[Batch]:
-        number = 0
-        while True:
-            yield plain_batch(number)
-            number += 1
-
-    before = set(threading.enumerate())
-    iterator = prefetched(batches())
-    next(iterator)
-    (thread,) = new_threads(before)
-    assert thread.is_alive() and thread.daemon
-    iterator.close()
-    thread.join(timeout=5)
-    assert not thread.is_alive()
-
-
-def test_the_background_thread_ends_with_the_batches() -> None:
-    before = set(threading.enumerate())
-    iterator = prefetched(plain_batch(i) for i in range(3))
-    next(iterator)
-    threads = new_threads(before)
-    assert numbers_of(iterator) == [1, 2]
-    for thread in threads:
-        thread.join(timeout=5)
-    assert not new_threads(before)
-
-
-def test_batches_that_nobody_asked_for_are_not_begun() -> None:
-    def batches() -> Iterator[Batch]:
-        raise AssertionError("begun")
-        yield plain_batch(0)
-
-    before = set(threading.enumerate())
-    prefetched(batches()).close()
-    assert not new_threads(before)
+# ------------------------------------------------------------------------------- in the background
 
 
 def test_a_mix_read_ahead_in_the_background_goes_on_from_what_was_used() -> None:
     """The state in a batch is of that batch, however far the thread has run ahead."""
     expected = [rows_of(batch) for batch in islice(mixed(), 12)]
-    iterator = prefetched(iter(mixed()), depth=6)
+    iterator = Prefetched(mixed(), limit=6)
     used = [next(iterator) for _ in range(5)]
     time.sleep(0.05)
     iterator.close()
@@ -599,15 +507,30 @@ def test_a_mix_read_ahead_in_the_background_goes_on_from_what_was_used() -> None
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_when_closed_the_thread_has_ended_though_it_was_busy() -> None:
-    """One that is still in compiled code when the interpreter ends would abort the process."""
+@pytest.mark.parametrize("read_ahead", [1, 50, 10_000])
+def test_a_token_stream_made_in_the_background_has_the_same_tokens_and_states(
+    read_ahead: int,
+) -> None:
+    texts = numbered(100, 60)
+    plain = stream_of(texts)
+    ahead = TokenStream(documents_of(texts), Numbers(), read_ahead=read_ahead)  # type: ignore[arg-type]
+    for size in [1, 30, 7] * 20:
+        assert ahead.take(size).tolist() == plain.take(size).tolist()
+        assert ahead.state == plain.state
+    ahead.close()
 
-    def slow() -> Iterator[Batch]:
-        for i in range(1_000):
-            time.sleep(0.05)
-            yield plain_batch(i)
 
-    iterator = prefetched(slow(), depth=1)
-    next(iterator)
-    iterator.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+def test_all_streams_of_a_mix_begin_at_once_and_end_with_it() -> None:
+    names = ("web", "books", "code")
+    streams = {
+        name: TokenStream(documents_of(numbered(100, 60)), Numbers(), read_ahead=100)  # type: ignore[arg-type]
+        for name in names
+    }
+    mix = MixedBatches(
+        streams, {"web": 0.98, "books": 0.01, "code": 0.01}, sequence_length=8,
+        sequences_per_step=1, micro_batch=1,
+    )  # fmt: skip
+    next(mix)
+    assert len([t for t in threading.enumerate() if t.name == "prefetch"]) == 3
+    mix.close()
+    assert not [t for t in threading.enumerate() if t.name == "prefetch"]

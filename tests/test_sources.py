@@ -16,18 +16,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import write_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hamner.errors import UserError
-from hamner.recipe import FileSource, HubSource, SourcePart, check_recipe
+from hamner.recipe import FileSource, SourcePart, check_recipe
 from hamner.sources import (
     PIECE,
     Document,
     DocumentStream,
     Files,
-    Hub,
+    Source,
     check_sources,
     docstrings,
     hashed_fraction,
@@ -240,49 +239,6 @@ def test_a_missing_file_is_named_with_what_to_do(tmp_path: Path) -> None:
     assert "--set data_dir=" in message
 
 
-# ------------------------------------------------------------------------------- the hub
-
-
-@pytest.fixture
-def hub(tmp_path: Path) -> Hub:
-    """The real `datasets` client, streaming three local files."""
-    for shard in range(3):
-        write_lines(
-            tmp_path / "set" / f"{shard}.jsonl", [{"text": f"{shard}-{i}"} for i in range(5)]
-        )
-    spec = HubSource(kind="hub", dataset="json", data_dir=str(tmp_path / "set"), split="train")
-    return Hub("hub", spec, seed=1)
-
-
-def test_a_hub_stream_goes_on_at_any_position(hub: Hub) -> None:
-    for epoch in (0, 1):
-        rows = list(hub.rows(epoch, None))
-        assert len({row["text"] for row, _ in rows}) == len(rows) == 15
-        for k, (_, position) in enumerate(rows):
-            rest = [row for row, _ in hub.rows(epoch, json_round_trip(position))]
-            assert rest == [row for row, _ in rows[k + 1 :]]
-
-
-def test_the_shards_of_a_hub_stream_come_in_another_order_in_other_epochs(hub: Hub) -> None:
-    orders = {tuple(row["text"] for row, _ in hub.rows(epoch, None)) for epoch in range(5)}
-    assert len(orders) > 1
-
-
-@pytest.mark.parametrize("error", [ConnectionError("no route to host\nmore"), TimeoutError()])
-def test_an_unreachable_hub_says_what_to_do(
-    monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    def load_dataset(*_: Any, **__: Any) -> None:
-        raise error
-
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    spec = HubSource(kind="hub", dataset="some/set", split="train")
-    message = message_of(Hub("web", spec, seed=1).rows(0, None))
-    assert message.startswith("source 'web': can't open 'some/set' on the hub (")
-    assert "https://huggingface.co/datasets/some/set" in message and "hf auth login" in message
-    assert "\n" not in message
-
-
 # ------------------------------------------------------------------------------- made here
 
 
@@ -442,7 +398,7 @@ def test_no_file_of_an_installed_package_lies_in_a_tests_folder() -> None:
 # ------------------------------------------------------------------------------- document streams
 
 
-class Listed:
+class Listed(Source):
     """A source over a list, which counts how many rows were asked for."""
 
     def __init__(self, documents: list[Any], column: str = "text"):

@@ -23,8 +23,8 @@ import train_pretrain
 from hamner import stage, tokenization, training
 from hamner.batches import Batch, MicroBatch, make_example, packed_batch
 from hamner.errors import UserError, run
-from hamner.recipe import Recipe, check_recipe
-from hamner.stage import Start, stream_task
+from hamner.recipe import Recipe, check_recipe, load_recipe
+from hamner.stage import Start, check_needs, stream_task
 from hamner.tokenization import Tokenizer
 from hamner.training import Task, Trainer, Validation, language_modelling, pick_device
 from model import IGNORE_INDEX, Transformer
@@ -612,9 +612,7 @@ def test_documents_of_a_source_come_in_the_share_of_its_weight(start: Start) -> 
     assert drawn == {"web": 60, "books": 40}
 
 
-def test_an_empty_source_is_named_before_anything_is_trained(
-    start: Start, workshop: Workshop
-) -> None:
+def test_an_empty_source_is_named_before_anything_is_trained(workshop: Workshop) -> None:
     write_lines(workshop.folder / "texts/books.jsonl", [])
     with pytest.raises(UserError, match="source 'books' is empty"):
-        stream_task(start)
+        check_needs("base", load_recipe(str(workshop.recipe)), new=True)
