@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,9 +138,10 @@ def check_needs(stage: str, recipe: Recipe, *, new: bool) -> None:
         UserError: all that is wrong, at once.
     """
     names = stage_sources(recipe, stage) if stage != "sft" else []  # that reads what is prepared
-    problems = source_problems(names, recipe)
-    if new:
-        problems += tokenizer_problems(recipe)
+    with ThreadPoolExecutor() as pool:  # where there is no network, each takes its time to say so
+        tokenizer = pool.submit(tokenizer_problems, recipe) if new else None
+        problems = source_problems(names, recipe)
+        problems += tokenizer.result() if tokenizer else []
     if problems:
         raise UserError("\n       ".join(problems))
     if stage == "base":

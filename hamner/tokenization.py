@@ -180,12 +180,16 @@ def from_path(path: Path) -> Tokenizer:
 
 
 def from_hub(name: str) -> Tokenizer:
-    """Fetch a tokenizer.json from the Hugging Face hub, or take the copy cached before."""
+    """A tokenizer.json of the Hugging Face hub: the copy fetched before, or else a new one."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return from_path(Path(hf_hub_download(name, "tokenizer.json")))
+        try:
+            path = hf_hub_download(name, "tokenizer.json", local_files_only=True)
+        except LocalEntryNotFoundError:
+            path = hf_hub_download(name, "tokenizer.json")
+        return from_path(Path(path))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"tokenizer {name!r} can't be fetched from the hub ({first_line(error)}): check its "
