@@ -2,9 +2,10 @@
 
     python prepare_sft_data.py                 -> data/sft/train.jsonl and validation.jsonl
 
-What is gathered stands in the recipe under sft.data. A conversation goes to train or validation by
-a hash of its words, the one that splits every stage's documents: copies never stand on both sides,
-and what validates here was not trained on in stage 3.
+What is to be gathered stands in the recipe under sft.data. A conversation goes to train or
+validation by a hash of its words, the one that splits every stage's documents: copies never stand
+on both sides, and what validates here was not trained on in stage 3. What is gathered is kept in
+parts until all of it is there: a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -12,23 +13,37 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
 from hamner.errors import UserError, run
-from hamner.files import write_json_lines
-from hamner.recipe import Recipe, SFTSource, load_recipe
-from hamner.sources import Document, Row, fingerprint, is_held_out, open_stream
+from hamner.files import write_json_lines, write_text_whole
+from hamner.hub import Row
+from hamner.recipe import HubSource, Recipe, SFTSource, load_recipe
+from hamner.sources import (
+    Document,
+    State,
+    check_sources,
+    fingerprint,
+    is_held_out,
+    open_source,
+    open_stream,
+)
 from hamner.tokenization import check_message, whole_characters
 
 Messages = list[dict[str, str]]
+SIDES = ("train", "validation")
+PART = 1_000  # conversations
 
 
 @dataclass
@@ -69,13 +84,17 @@ def clean(document: Document) -> Messages | str:
     return messages
 
 
-def gather(recipe: Recipe, spec: SFTSource, seen: set[str]) -> Gathered:
-    """Conversations of one source that pass the filters and were not seen before."""
-    gathered = Gathered(spec)
+def gather(recipe: Recipe, spec: SFTSource, seen: set[str], parts: Parts) -> Gathered:
+    """Conversations of one source that pass the filters and were not seen before.
+
+    Every PART of them is written to `parts`, and what is there already is not read again.
+    """
     stream = dataclasses.replace(open_stream(spec.name, recipe), held_out_fraction=0.0)
-    bar = tqdm(desc=spec.label, total=spec.at_most, unit="conv", disable=None)
-    with bar:
-        for document in stream.one_epoch():
+    gathered, stream.state, finished = parts.restore(spec, stream.state)
+    seen.update(map(key_of, gathered.kept))
+    kept = len(gathered.kept)
+    with tqdm(desc=spec.label, total=spec.at_most, initial=kept, unit="conv", disable=None) as bar:
+        for document in () if finished else stream.one_epoch():
             reason = keep(clean(document), gathered, recipe.held_out_fraction, seen)
             if reason is not None:
                 gathered.dropped[reason] += 1
@@ -83,9 +102,90 @@ def gather(recipe: Recipe, spec: SFTSource, seen: set[str]) -> Gathered:
             bar.update(1)
             if len(gathered.kept) == spec.at_most:
                 break
+            if len(gathered.kept) % PART == 0:
+                parts.add(gathered, stream.state)
     if not gathered.kept:
         raise UserError(f"source {spec.name!r}: not one conversation passed the filters")
+    if not finished:
+        parts.add(gathered, stream.state, finished=True)
     return gathered
+
+
+def key_of(messages: Messages) -> str:
+    """The same for copies: conversations that differ in case and white space at most."""
+    system = messages[0]["content"] if messages[0]["role"] == "system" else ""
+    words = f"{fingerprint(system)}\n{fingerprint(messages)}"
+    return hashlib.blake2b(words.encode(), digest_size=16).hexdigest()
+
+
+class Parts:
+    """What a source has given so far, on disk, so that a stopped run loses little.
+
+    A part is a file with the conversations since the part before and the stream's state after
+    them. `key` is all that they follow from: parts with another key are put away.
+    """
+
+    def __init__(self, folder: Path, key: str):
+        self._folder, self._key = folder, key
+        self._written: dict[str, int] = {"train": 0, "validation": 0}
+        self._count = 0
+
+    def restore(self, spec: SFTSource, state: State) -> tuple[Gathered, State, bool]:
+        """What was gathered, the stream's state after it, and whether that was all."""
+        gathered, finished = Gathered(spec), False
+        while (part := self._read(self._path(self._count))) is not None:
+            for side in self._written:
+                getattr(gathered, side).extend(part[side])
+            gathered.dropped = Counter(part["dropped"])
+            state, finished = part["state"], part["finished"]
+            self._count += 1
+        for stale in self._folder.glob("*.json"):
+            if stale >= self._path(self._count):
+                stale.unlink()
+        self._note(gathered)
+        return gathered, state, finished
+
+    def add(self, gathered: Gathered, state: State, *, finished: bool = False) -> None:
+        """Write what has come since the last part."""
+        new = {side: getattr(gathered, side)[count:] for side, count in self._written.items()}
+        rest = {"key": self._key, "dropped": gathered.dropped, "state": state, "finished": finished}
+        write_text_whole(self._path(self._count), [json.dumps({**new, **rest})])
+        self._count += 1
+        self._note(gathered)
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"{number:05d}.json"
+
+    def _read(self, path: Path) -> dict[str, Any] | None:
+        try:
+            part = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return part if isinstance(part, dict) and part.get("key") == self._key else None
+
+    def _note(self, gathered: Gathered) -> None:
+        self._written = {side: len(getattr(gathered, side)) for side in self._written}
+
+
+def gather_all(recipe: Recipe, folder: Path) -> list[Gathered]:
+    """Conversations of all sources, one after the other; copies stay where they came first."""
+    specs = recipe.sft.data.sources
+    check_sources([spec.name for spec in specs], recipe)
+    seen: set[str] = set()
+    gathered, key = [], ""
+    for number, spec in enumerate(specs):
+        key = key_of_source(recipe, spec, key)
+        gathered.append(gather(recipe, spec, seen, Parts(folder / str(number), key)))
+    return gathered
+
+
+def key_of_source(recipe: Recipe, spec: SFTSource, before: str) -> str:
+    """A digest of all that a source's part of the result follows from, with what came before it."""
+    source = recipe.sources[spec.name]
+    told = [before, spec.model_dump(), source.model_dump(), recipe.seed, recipe.held_out_fraction]
+    if not isinstance(source, HubSource):  # whose commit stands in the stream's state
+        told.append(open_source(spec.name, recipe).identity(None))
+    return hashlib.blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
 
 
 def keep(
@@ -99,9 +199,7 @@ def keep(
         return "too short"
     if gathered.spec.max_characters is not None and size > gathered.spec.max_characters:
         return "too long"
-    system = messages[0]["content"] if messages[0]["role"] == "system" else ""
-    words = f"{fingerprint(system)}\n{fingerprint(messages)}"
-    key = hashlib.blake2b(words.encode(), digest_size=16).hexdigest()
+    key = key_of(messages)
     if key in seen:
         return "copy"
     seen.add(key)
@@ -118,19 +216,36 @@ def rows(gathered: list[Gathered], side: str) -> Iterator[Row]:
 
 
 def summary(gathered: list[Gathered]) -> Table:
+    """What was kept of each source, how long it is, and what was dropped for which reason."""
     table = Table(title="Conversations for supervised fine-tuning")
-    for heading in ("source", "train", "validation", "repeat", "mean turns", "mean chars"):
+    headings = (
+        "source", "kept", "train", "validation", "repeat", "user turns", "characters", "longest",
+    )  # fmt: skip
+    for heading in headings:
         table.add_column(heading, justify="left" if heading == "source" else "right")
     table.add_column("dropped")
     for part in gathered:
-        sizes = [sum(len(m["content"]) for m in messages) for messages in part.kept]
-        turns = [sum(m["role"] == "user" for m in messages) for messages in part.kept]
         dropped = ", ".join(f"{reason} {count:,}" for reason, count in part.dropped.most_common())
-        table.add_row(
-            part.spec.label, f"{len(part.train):,}", f"{len(part.validation):,}",
-            str(part.spec.repeat), f"{mean(turns):.1f}", f"{mean(sizes):.0f}", dropped,
-        )  # fmt: skip
+        table.add_row(part.spec.label, *counts([part]), str(part.spec.repeat), *lengths([part]),
+                      dropped)  # fmt: skip
+    table.add_section()
+    total = sum(part.dropped.total() for part in gathered)
+    table.add_row("all", *counts(gathered), "", *lengths(gathered), f"{total:,}")
     return table
+
+
+def counts(gathered: list[Gathered]) -> list[str]:
+    """Conversations kept, and those of each side."""
+    sides = [sum(len(getattr(part, side)) for part in gathered) for side in SIDES]
+    return [f"{number:,}" for number in (sum(sides), *sides)]
+
+
+def lengths(gathered: list[Gathered]) -> list[str]:
+    """Mean of the user's turns, and mean and longest of the characters."""
+    kept = [messages for part in gathered for messages in part.kept]
+    sizes = [sum(len(m["content"]) for m in messages) for messages in kept]
+    turns = [sum(m["role"] == "user" for m in messages) for messages in kept]
+    return [f"{mean(turns):.1f}", f"{mean(sizes):,.0f}", f"{max(sizes):,}"]
 
 
 def main() -> int:
@@ -142,16 +257,26 @@ def main() -> int:
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
         help="change a field of the recipe; repeatable",
     )  # fmt: skip
+    parser.add_argument(
+        "--fresh", action="store_true", help="forget what a run that was stopped had gathered"
+    )
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    seen: set[str] = set()
-    gathered = [gather(recipe, spec, seen) for spec in recipe.sft.data.sources]
     folder = Path(recipe.sft.data.folder)
-    for side in ("train", "validation"):
+    parts = folder / "parts"
+    if arguments.fresh:
+        shutil.rmtree(parts, ignore_errors=True)
+    try:
+        gathered = gather_all(recipe, parts)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here")
+        return 130
+    for side in SIDES:
         if not any(getattr(part, side) for part in gathered):
             raise UserError(f"no conversation for {side}: change held_out_fraction in the recipe")
-    for side in ("train", "validation"):
+    for side in SIDES:
         write_json_lines(folder / f"{side}.jsonl", rows(gathered, side))
+    shutil.rmtree(parts)
     Console().print(summary(gathered))
     print(f"written to {folder}/train.jsonl and validation.jsonl")
     return 0

@@ -19,7 +19,7 @@ import random
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -330,14 +330,7 @@ class DocumentStream:
 
     def __iter__(self) -> Iterator[Document]:
         while True:
-            for block, following in self._blocks():
-                for document in block[self.state["document"] :]:
-                    handed_out = self.state["document"] + 1
-                    number = self.state["number"] + 1
-                    self.state = {**self.state, "document": handed_out, "number": number}
-                    yield document
-                after = {"position": following, "block": self.state["block"] + 1, "document": 0}
-                self.state = {**self.state, **after}
+            yield from self.one_epoch()
             if self.state["block"] == 0:
                 raise UserError(
                     f"source {self.name!r} is empty: no {'held-out ' * self.held_out}document with "
@@ -346,14 +339,20 @@ class DocumentStream:
             again = {"position": None, "block": 0, "document": 0}
             self.state = {**self.state, **again, "epoch": self.state["epoch"] + 1}
 
+    def one_epoch(self) -> Iterator[Document]:
+        """What is left of the current epoch; may be nothing."""
+        for block, following in self._blocks():
+            for document in block[self.state["document"] :]:
+                handed_out = self.state["document"] + 1
+                number = self.state["number"] + 1
+                self.state = {**self.state, "document": handed_out, "number": number}
+                yield document
+            after = {"position": following, "block": self.state["block"] + 1, "document": 0}
+            self.state = {**self.state, **after}
+
     def close(self) -> None:
         """Stop waiting for a source that doesn't answer; from any thread."""
         self.source.close()
-
-    def one_epoch(self) -> Iterator[Document]:
-        """The documents of the current epoch alone, shuffled; may be none."""
-        for block, _ in self._blocks():
-            yield from block
 
     def in_order(self) -> Iterator[Document]:
         """The documents of the current epoch as they come, without reading a block ahead."""
@@ -431,7 +430,7 @@ def source_problems(names: Iterable[str], recipe: Recipe) -> list[str]:
 
 
 def _source_problem(name: str, recipe: Recipe) -> str | None:
-    stream = open_stream(name, recipe)
+    stream = replace(open_stream(name, recipe), held_out_fraction=0.0)  # either side will do
     if isinstance(stream.source, Hub):
         stream.source.hurry()
     try:

@@ -17,7 +17,7 @@ import prepare_sft_data
 from hamner.errors import UserError
 from hamner.recipe import Recipe, SFTSource, check_recipe
 from hamner.sources import fingerprint, is_held_out, open_stream
-from prepare_sft_data import Gathered, clean, gather, keep
+from prepare_sft_data import Gathered, Parts, clean, gather, keep
 
 Message = dict[str, Any]
 
@@ -53,6 +53,7 @@ class Shop:
     def __init__(self, raw: dict[str, Any], data: Path, monkeypatch: pytest.MonkeyPatch):
         self.raw, self.data, self._monkeypatch = raw, data, monkeypatch
         self.folder = Path(raw["sft"]["data"]["folder"])
+        self.options: list[str] = []
 
     def add(self, name: str, conversations: list[Any], **settings: Any) -> None:
         """A further source of conversations; the first call does away with the fixture's."""
@@ -70,13 +71,16 @@ class Shop:
 
     def gather(self, name: str) -> Gathered:
         (spec,) = [s for s in self.recipe().sft.data.sources if s.name == name]
-        return gather(self.recipe(), spec, set())
+        return gather(self.recipe(), spec, set(), Parts(self.folder / "parts" / name, "key"))
 
     def run(self) -> None:
         path = self.data / "recipe.yaml"
         path.write_text(json.dumps(self.raw), encoding="utf-8")
-        self._monkeypatch.setattr(sys, "argv", ["prepare_sft_data.py", "--recipe", str(path)])
+        self._monkeypatch.setattr(
+            sys, "argv", ["prepare_sft_data.py", "--recipe", str(path), *self.options]
+        )
         assert prepare_sft_data.main() == 0
+        assert not (self.folder / "parts").exists()
 
     def written(self) -> dict[str, list[dict[str, Any]]]:
         return {side: rows_in(self.folder / f"{side}.jsonl") for side in ("train", "validation")}
@@ -358,15 +362,17 @@ def test_a_new_run_takes_the_place_of_the_old_files(shop: Shop) -> None:
 def test_a_summary_tells_what_came_of_each_source(
     shop: Shop, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", "140")
     shop.add("mine", [*(talk(i) for i in range(50)), *(talk(i) for i in range(7))], repeat=4)
     shop.run()
     out = capsys.readouterr().out
     written = shop.written()
     (line,) = [line for line in out.splitlines() if "label of mine" in line]
     cells = [cell.strip() for cell in line.strip("│ ").split("│")]
-    expected = [str(len(written["train"])), str(len(written["validation"])), "4", "1.0"]
-    assert cells[1:5] == expected and cells[6] == "copy 7"
+    sizes = [sum(len(m["content"]) for m in row["messages"]) for row in shop.all_written()]
+    expected = ["50", str(len(written["train"])), str(len(written["validation"])), "4", "1.0"]
+    assert cells[1:6] == expected
+    assert cells[6:] == [f"{sum(sizes) / 50:.0f}", str(max(sizes)), "copy 7"]
     assert f"written to {shop.folder}/train.jsonl and validation.jsonl" in out
 
 
@@ -374,7 +380,7 @@ def test_a_summary_tells_what_came_of_each_source(
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.glob("*")} if folder.exists() else {}
+    return {path.name: path.read_bytes() for path in folder.glob("*.jsonl")}
 
 
 def test_nothing_is_written_when_a_later_source_fails(shop: Shop) -> None:
@@ -402,6 +408,99 @@ def test_nothing_is_written_when_no_conversation_is_left_to_train_on(shop: Shop)
     with pytest.raises(UserError, match="no conversation for train"):
         shop.run()
     assert files_below(shop.folder) == {}
+
+
+# ------------------------------------------------------------------------------- going on
+
+
+class Killed(BaseException):
+    """The end of a process, at a moment that nobody chose."""
+
+
+def run_until(shop: Shop, calls: float, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Run, but be killed at the given call of `keep`; the calls that there were."""
+    count = 0
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count > calls:
+            raise Killed
+        return keep(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_sft_data, "keep", counted)
+        if calls == float("inf"):
+            shop.run()
+        else:
+            with pytest.raises(Killed):
+                shop.run()
+    return count
+
+
+@pytest.fixture
+def large(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> Shop:
+    """Three sources with copies within and between them, gathered in parts of ten."""
+    monkeypatch.setattr(prepare_sft_data, "PART", 10)
+    for number, name in enumerate(("first", "second", "third")):
+        some = range(40 * number, 40 * number + 80)
+        talks = [talk(i) for i in [*some, *list(some)[:9]]]
+        shop.add(name, [*talks, [user("no answer")]], **({"at_most": 35} if number == 2 else {}))
+        shop.raw["sources"][name]["shuffle_block"] = 16
+    return shop
+
+
+def test_killed_anywhere_it_goes_on_and_the_result_is_the_same(
+    large: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_until(large, float("inf"), monkeypatch)
+    expected = files_below(large.folder)
+    rng, calls = random.Random(3), 0
+    for path in large.folder.glob("*.jsonl"):
+        path.unlink()
+    for _ in range(5):
+        calls += run_until(large, rng.randint(20, whole // 6), monkeypatch)
+        assert files_below(large.folder) == {}
+    calls += run_until(large, float("inf"), monkeypatch)
+    assert files_below(large.folder) == expected
+    assert calls < whole + 6 * 25  # what is gathered is not gathered again
+
+
+def test_a_changed_recipe_does_not_go_on_with_what_another_gathered(
+    large: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_until(large, 150, monkeypatch)
+    large.raw["sft"]["data"]["sources"][0]["min_characters"] = 30
+    large.run()
+    found = files_below(large.folder)
+    large.run()
+    assert files_below(large.folder) == found
+
+
+def test_a_changed_file_is_read_anew(large: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_until(large, 150, monkeypatch)
+    write_lines(large.data / "first.jsonl", [{"messages": talk(i)} for i in range(900, 980)])
+    large.run()
+    found = files_below(large.folder)
+    large.run()
+    assert files_below(large.folder) == found
+
+
+def test_a_torn_part_is_gathered_again(large: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    large.run()
+    expected = files_below(large.folder)
+    run_until(large, 150, monkeypatch)
+    parts = sorted((large.folder / "parts").rglob("*.json"))
+    parts[2].write_bytes(parts[2].read_bytes()[:100])
+    large.run()
+    assert files_below(large.folder) == expected
+
+
+def test_fresh_forgets_what_was_gathered(large: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run_until(large, float("inf"), monkeypatch)
+    run_until(large, 150, monkeypatch)
+    large.options = ["--fresh"]
+    assert run_until(large, float("inf"), monkeypatch) == whole
 
 
 # ------------------------------------------------------------------------------- as a user runs it
