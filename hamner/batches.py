@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import itertools
 import random
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,14 +19,15 @@ import torch
 from torch import Tensor
 
 from hamner.prefetching import Prefetched
-from hamner.sources import DocumentStream
+from hamner.sources import Document, DocumentStream, size_of
 from hamner.token_cache import Piece, TokenCache
 from hamner.tokenization import Tokenizer
 from model import IGNORE_INDEX
 
 MicroBatch = dict[str, Tensor]
 State = dict[str, Any]
-READ_AHEAD = 32  # documents tokenised together, on all cores
+READ_AHEAD = 256  # documents tokenised together, on all cores: many, as their lengths differ
+READ_AHEAD_CHARACTERS = 1_000_000  # or so many
 OPEN_ROWS = 64  # rows that packing keeps open at once
 
 
@@ -109,18 +109,19 @@ class TokenStream:
 
 
 def tokenized(documents: DocumentStream, tokenizer: Tokenizer) -> Iterator[list[Piece]]:
-    """The stream's documents from where it stands, tokenised some at a time."""
+    """The stream's documents from where it stands, tokenised many at a time."""
     iterator = iter(documents)
     while True:
-        places, texts = [], []
-        for document in itertools.islice(iterator, READ_AHEAD):
+        places: list[State] = []
+        texts: list[Document] = []
+        size = 0
+        while len(texts) < READ_AHEAD and size < READ_AHEAD_CHARACTERS:
+            texts.append(next(iterator))
+            size += size_of(texts[-1])
             # The iterator has just moved past the document: its own place is one before.
             after = documents.state
             before = {"document": after["document"] - 1, "number": after["number"] - 1}
             places.append({**after, **before})
-            texts.append(document)
-        if not texts:
-            return
         tokens = tokenizer.documents(texts)
         yield [
             Piece(place, np.asarray(ids, dtype=np.int32))

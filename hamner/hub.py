@@ -205,7 +205,8 @@ class Hub:
         causes = chain(error)
         dataset, said = self.spec.dataset, first_line(error)
         if self.mirror:
-            return f"can't read {Path(self.mirror, dataset)} ({said}); is the download complete?"
+            folder = Path(self.mirror, dataset)
+            return f"can't read {folder} ({said}); is the download complete, with its README.md?"
         gated = "is a gated dataset" in said  # all that `datasets` tells
         if gated or any(isinstance(cause, hub_errors.GatedRepoError) for cause in causes):
             page = f"https://huggingface.co/datasets/{dataset}"

@@ -180,10 +180,13 @@ class StreamStage(StagePart):
     sources: list[WeightedSource] = Field(min_length=1)
 
     @model_validator(mode="after")
-    def _weights_sum_to_one(self) -> StreamStage:
+    def _weights_hold(self) -> StreamStage:
         total = sum(source.weight for source in self.sources)
         if abs(total - 1) > 1e-6:
             raise ValueError(f"the weights of sources must sum to 1, they sum to {total:g}")
+        names = [source.name for source in self.sources]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"sources: {', '.join(twice)} stands there twice: add the weights up")
         return self
 
 

@@ -79,7 +79,8 @@ class Files(Source):
             if not matches:
                 raise UserError(
                     f"source {self.name!r}: no file matches {Path(self.data_dir, pattern)}; "
-                    "put it there, or say where your data lies with --set data_dir=FOLDER"
+                    "put it there (data/README.md says what writes it), or say where your data "
+                    "lies with --set data_dir=FOLDER"
                 )
             found.update(matches)
         return [Path(path) for path in sorted(found)]
@@ -298,6 +299,13 @@ def said(message: Any) -> tuple[str, str]:
     return str(role), content if isinstance(content, str) else ""
 
 
+def size_of(document: Document) -> int:
+    """Characters of a text, or of all that is said in a conversation."""
+    if isinstance(document, str):
+        return len(document)
+    return sum(len(said(message)[1]) for message in document)
+
+
 def is_held_out(document: Document, fraction: float) -> bool:
     """Whether a document belongs to validation, in whatever stage it is met.
 
@@ -391,10 +399,7 @@ class DocumentStream:
             )
         if isinstance(document, str):
             document = document.strip()
-            size = len(document)
-        else:
-            size = sum(len(said(message)[1]) for message in document)
-        if size < max(1, self.spec.min_characters):
+        if size_of(document) < max(1, self.spec.min_characters):
             return None
         return document if is_held_out(document, self.held_out_fraction) == self.held_out else None
 

@@ -23,6 +23,7 @@ from hamner.errors import UserError
 from hamner.hub import Hub
 from hamner.recipe import HubSource, Recipe, load_recipe
 from hamner.sources import check_sources, open_source, open_stream
+from hamner.stage import check_needs
 
 GATED = "bigcode/starcoderdata"
 NAMES = (
@@ -296,6 +297,34 @@ def test_all_problems_are_told_at_once_each_with_what_to_do(
     for line, (name, said) in zip(found, expected.items(), strict=True):
         assert line.startswith(f"source {name!r}: "), line
         assert said in line
+
+
+def test_the_first_stage_tells_what_a_later_one_will_want(
+    hub: HubServer, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "")
+    check_needs("base", recipe, new=True)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("a later stage will need this: source 'code': ")
+    assert "accept its terms" in line
+
+
+def test_what_a_stage_wants_is_told_with_the_tokenizer_at_once(hub: HubServer) -> None:
+    overrides = ["tokenizer.hub=HuggingFaceTB/cosmo3", "sources.dclm.split=training"]
+    with pytest.raises(UserError) as caught:
+        check_needs("base", load_recipe("v4", overrides), new=True)
+    lines = str(caught.value).split("\n")
+    assert len(lines) == 2
+    assert "source 'dclm'" in lines[0] and "tokenizer 'HuggingFaceTB/cosmo3'" in lines[1]
+
+
+def test_the_mirror_may_hold_the_tokenizer_too(
+    written: tuple[Path, Any], tmp_path: Path, hub: HubServer
+) -> None:
+    shutil.copytree(written[0] / "datasets", tmp_path / "mirror")
+    shutil.copytree(written[0] / "models", tmp_path / "mirror", dirs_exist_ok=True)
+    hub.down = True
+    check_needs("base", load_recipe("v4", [f"mirror={tmp_path / 'mirror'}"]), new=True)
 
 
 def test_an_unreachable_hub_is_told_soon(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -664,6 +664,18 @@ def test_the_last_of_several_settings_of_a_field_holds() -> None:
     assert (recipe.base.steps, recipe.anneal.steps) == (3, 2)
 
 
+def test_a_source_that_stands_twice_in_a_mix_is_refused() -> None:
+    said = refusal("chat.sources[3].name=smoltalk")
+    assert "chat: sources: smoltalk stands there twice: add the weights up" in said
+
+
+def test_the_ungated_code_can_take_the_place_of_the_gated() -> None:
+    recipe = load_recipe("v4", ["anneal.sources[2].name=code_ungated"])
+    assert [source.name for source in recipe.anneal.sources] == [
+        "fineweb_edu", "dclm", "code_ungated", "math",
+    ]  # fmt: skip
+
+
 def test_settings_together_may_hold_where_each_alone_does_not() -> None:
     overrides = ["base.sources[0].weight=0.3", "base.sources[1].weight=0.7"]
     for override in overrides:

@@ -1,0 +1,116 @@
+"""How fast the loader makes tokens, beside the bare tokenizer on the same text in the same run.
+
+    python benchmarks/data_loader.py --recipe small --set data_dir=FOLDER
+    python benchmarks/data_loader.py --recipe v4 --set mirror=DIR     # or straight from the hub
+
+Loader: the base stage's mix as the trainer gets it, from the files to batches of token ids: read,
+filtered, split, shuffled, tokenised, cut into sequences. Bare: the same documents, already in
+memory, through the tokenizer's batch encoding and nothing else. Both use all cores. Rounds
+alternate, and the ratio is the median of theirs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer as HFTokenizer
+
+from hamner.batches import MixedBatches
+from hamner.errors import run
+from hamner.prefetching import Prefetched
+from hamner.recipe import Recipe, load_recipe
+from hamner.sources import open_stream
+from hamner.stage import open_tokenizer, open_tokens
+from hamner.tokenization import Tokenizer
+
+DOCUMENTS_TOGETHER = 1_000  # what the bare tokenizer gets at once; more is no faster
+
+
+def open_mix(recipe: Recipe, tokenizer: Tokenizer) -> MixedBatches:
+    settings = recipe.base
+    return MixedBatches(
+        {s.name: open_tokens(s.name, recipe, tokenizer, None) for s in settings.sources},
+        {s.name: s.weight for s in settings.sources},
+        sequence_length=settings.sequence_length,
+        sequences_per_step=settings.sequences_per_step,
+        micro_batch=settings.micro_batch,
+    )
+
+
+def loader_speed(recipe: Recipe, tokenizer: Tokenizer, wanted: int) -> float:
+    """Tokens a second of the loader, from the first batch on: opening files is not timed."""
+    batches = Prefetched(open_mix(recipe, tokenizer))
+    next(batches)
+    begin, tokens = time.perf_counter(), 0
+    while tokens < wanted:
+        tokens += next(batches).tokens
+    seconds = time.perf_counter() - begin
+    batches.close()
+    return tokens / seconds
+
+
+def texts_of(recipe: Recipe, tokens: int) -> list[str]:
+    """About as many documents of each source as the loader reads for so many tokens."""
+    texts = []
+    for source in recipe.base.sources:
+        missing = tokens * source.weight * 4.3  # characters a token, about
+        for document in islice(open_stream(source.name, recipe).one_epoch(), 1_000_000):
+            texts.append(str(document))
+            missing -= len(texts[-1])
+            if missing <= 0:
+                break
+    return texts
+
+
+def bare_speed(tokenizer: Tokenizer, texts: list[str]) -> float:
+    """Tokens a second of the tokenizer alone."""
+    backend = HFTokenizer.from_str(tokenizer.to_json())
+    begin, tokens = time.perf_counter(), 0
+    for start in range(0, len(texts), DOCUMENTS_TOGETHER):
+        part = texts[start : start + DOCUMENTS_TOGETHER]
+        for encoding in backend.encode_batch_fast(part, add_special_tokens=False):
+            tokens += len(encoding)
+    return tokens / (time.perf_counter() - begin)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--recipe", default="small")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+    parser.add_argument("--tokens", type=int, default=2_000_000, help="a round; default 2,000,000")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    # Little read ahead: what the threads have made before the clock starts would flatter.
+    recipe = load_recipe(arguments.recipe, ["read_ahead=100_000", *arguments.overrides])
+    tokenizer = open_tokenizer(recipe)
+    texts = texts_of(recipe, arguments.tokens)
+    rounds = [
+        (loader_speed(recipe, tokenizer, arguments.tokens), bare_speed(tokenizer, texts))
+        for _ in range(arguments.rounds)
+    ]
+    table = Table(title=f"Tokens a second, vocabulary {tokenizer.vocab_size:,}")
+    for heading in ("round", "loader", "bare tokenizer", "ratio"):
+        table.add_column(heading, justify="right")
+    for number, (loader, bare) in enumerate(rounds, start=1):
+        table.add_row(str(number), f"{loader:,.0f}", f"{bare:,.0f}", f"{loader / bare:.3f}")
+    table.add_section()
+    loaders, bares = zip(*rounds, strict=True)
+    ratio = median(loader / bare for loader, bare in rounds)
+    table.add_row("median", f"{median(loaders):,.0f}", f"{median(bares):,.0f}", f"{ratio:.3f}")
+    Console().print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
