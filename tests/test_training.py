@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import os
 import random
 import shutil
+import signal
 import sys
+import threading
+import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -616,3 +620,89 @@ def test_an_empty_source_is_named_before_anything_is_trained(workshop: Workshop)
     write_lines(workshop.folder / "texts/books.jsonl", [])
     with pytest.raises(UserError, match="source 'books' is empty"):
         check_needs("base", load_recipe(str(workshop.recipe)), new=True)
+
+
+# ------------------------------------------------------------------------------ waiting for data
+
+
+def slow_batches(rows: list[Batch], seconds: float) -> Iterator[Batch]:
+    for batch in rows:
+        time.sleep(seconds)
+        yield batch
+
+
+def test_the_metrics_tell_what_share_of_the_time_was_spent_waiting_for_data(
+    recipe: Recipe, tokenizer: Tokenizer
+) -> None:
+    rows = full_rows(recipe, 6, 4)
+    trained(task_of(rows, batches=lambda state: slow_batches(rows, 0.25)), recipe, tokenizer)
+    waiting = [float(row["data_wait"]) for row in logged()]
+    assert all(share > 0.5 for share in waiting[1:]), waiting  # a step here takes some 20 ms
+    trained(task_of(rows), recipe, tokenizer)
+    assert all(float(row["data_wait"]) < 0.3 for row in logged()[1:])
+
+
+def test_what_has_been_learnt_is_saved_when_a_source_can_not_go_on(
+    recipe: Recipe, tokenizer: Tokenizer
+) -> None:
+    def batches(state: Any) -> Iterator[Batch]:
+        yield from full_rows(recipe, 5, 4)
+        raise UserError("source 'web': can't reach it")
+
+    task = task_of(full_rows(recipe, 8, 4), batches=batches)
+    trainer = Trainer(task, recipe, new_model(recipe), tokenizer, CPU)
+    with pytest.raises(UserError, match="can't reach it"):
+        trainer.run()
+    saved = torch.load("checkpoints/micro/base/latest.pt", weights_only=True)
+    assert saved["step"] == 5 and saved["data"] == {"row": 5}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_waits_for_the_network_can_be_stopped(
+    recipe: Recipe, tokenizer: Tokenizer, number: signal.Signals
+) -> None:
+    gone_on = threading.Event()
+
+    def batches(state: Any) -> Iterator[Batch]:
+        yield from full_rows(recipe, 4, 4)
+        threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
+        gone_on.wait(5)
+
+    task = task_of(full_rows(recipe, 8, 4), batches=batches)
+    trainer = Trainer(task, recipe, new_model(recipe), tokenizer, CPU)
+    threading.Timer(2.0, gone_on.set).start()
+    assert trainer.run() == 130
+    assert torch.load("checkpoints/micro/base/latest.pt", weights_only=True)["step"] == 4
+
+
+def test_validation_stays_what_it_was_when_a_run_goes_on(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint holds its sequences: hub streams need not be read for them again."""
+    task = stream_task(start)
+    start.resume = {"extra": task.extra}
+    monkeypatch.setattr("hamner.stage.held_out_sequences", lambda *_: pytest.fail("read again"))
+    again = stream_task(start)
+    for name, validation in task.validation.items():
+        parts = again.validation[name].batch.micro_batches
+        for mine, other in zip(validation.batch.micro_batches, parts, strict=True):
+            assert torch.equal(mine["input_ids"], other["input_ids"])
+
+
+def test_a_token_cache_changes_no_batch_and_saves_the_second_run_its_tokenising(
+    start: Start, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def rows(recipe: Recipe) -> list[Tensor]:
+        batches = stream_task(dataclasses.replace(start, recipe=recipe)).batches(None)
+        found = [next(batches).micro_batches[0]["input_ids"] for _ in range(12)]
+        batches.close()  # type: ignore[attr-defined]
+        return found
+
+    plain = rows(start.recipe)
+    cached = start.recipe.model_copy(update={"token_cache": str(tmp_path / "tokens")})
+    first = rows(cached)
+    assert list((tmp_path / "tokens").rglob("*.tokens"))
+    start.resume = {"extra": stream_task(start).extra}  # validation is read without the cache
+    monkeypatch.setattr(Tokenizer, "documents", lambda *_: pytest.fail("tokenised again"))
+    for one, two, three in zip(plain, first, rows(cached), strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
