@@ -32,6 +32,8 @@ PLACE = {"shard": 0, "part": 0, "row": 0}
 ROWS_AT_ONCE = 256
 CHECK_SECONDS = 10.0  # how long a source may fail before the first step
 REQUEST_WAITS = (0.5, 1.0)  # seconds between the tries of one request
+REQUEST_SECONDS = 10.0  # without an answer, where the client itself would wait for ever
+BLOCK = 1 << 20  # bytes that are read on in a file beyond what was asked for; 5 MB by default
 IN_TROUBLE = (408, 429, 500, 502, 503, 504)  # HTTP statuses that another try may mend
 TRIES = 5  # at one place, for errors that don't look like the network's
 PREPARING = threading.Lock()
@@ -158,8 +160,7 @@ class Hub:
     def _open(self, revision: str | None) -> tuple[str | None, Any]:
         """The data set's revision (a commit, None for a mirror) and its stream, opened once."""
         if self._opened is None or revision not in (None, self._opened[0]):
-            with PREPARING:
-                prepare_client()
+            prepare_client()
             self._opened = self._open_mirror() if self.mirror else self._open_hub(revision)
         return self._opened
 
@@ -225,10 +226,16 @@ class Hub:
 class PatientClient(httpx.Client):
     """A client that makes a request again when it fails.
 
-    To open a data set takes dozens of requests, and the hub's client repeats only a few of them.
+    To open a data set takes dozens of requests, and the hub's client repeats only a few of them;
+    others it sends without a time-out.
     """
 
     def send(self, request: httpx.Request, **options: Any) -> httpx.Response:
+        limits = request.extensions.get("timeout", {})
+        phases = ("connect", "read", "write", "pool")
+        request.extensions["timeout"] = {
+            phase: limits.get(phase) or REQUEST_SECONDS for phase in phases
+        }
         for wait in REQUEST_WAITS:
             try:
                 response = super().send(request, **options)
@@ -241,15 +248,25 @@ class PatientClient(httpx.Client):
         return super().send(request, **options)
 
 
-@functools.cache
 def prepare_client() -> None:
-    """Make the hub's client patient, and keep its retries and warnings of its own out of sight."""
+    """Make the hub's client patient, once; from any thread."""
+    with PREPARING:
+        _prepare_client()
+
+
+@functools.cache
+def _prepare_client() -> None:
+    """A patient client in place of retries and warnings of its own."""
     import datasets
-    import huggingface_hub
+    import huggingface_hub.hf_file_system
 
     hooks = huggingface_hub.get_session().event_hooks
     huggingface_hub.set_client_factory(
         lambda: PatientClient(event_hooks=hooks, follow_redirects=True, timeout=None)
+    )
+    # In place of its own retries, of which there are up to a hundred, a stopped run would wait for.
+    huggingface_hub.hf_file_system.http_backoff = functools.partial(
+        huggingface_hub.utils.http_backoff, max_retries=0
     )
     for what in ("READ", "OPEN"):
         setattr(datasets.config, f"STREAMING_{what}_MAX_RETRIES", 1)
@@ -267,9 +284,18 @@ def load_dataset(
 ) -> Any:
     """A streamed data set in Arrow format; opened once, as listing its files may take minutes."""
     import datasets
+    from huggingface_hub import HfFileSystem
 
+    # A listing of files that the network cut short would be taken for the whole from its cache.
+    HfFileSystem.clear_instance_cache()
     return datasets.load_dataset(
-        path, config, split=split, data_dir=data_dir, revision=revision, streaming=True
+        path,
+        config,
+        split=split,
+        data_dir=data_dir,
+        revision=revision,
+        streaming=True,
+        storage_options={"hf": {"block_size": BLOCK}} if revision else None,
     ).with_format("arrow")
 
 

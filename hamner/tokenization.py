@@ -181,16 +181,20 @@ def from_path(path: Path) -> Tokenizer:
 
 def from_hub(name: str) -> Tokenizer:
     """A tokenizer.json of the Hugging Face hub: the copy fetched before, or else a new one."""
+    import httpx
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    from hamner.hub import prepare_client
+
+    prepare_client()
     try:
         try:
             path = hf_hub_download(name, "tokenizer.json", local_files_only=True)
         except LocalEntryNotFoundError:
             path = hf_hub_download(name, "tokenizer.json")
         return from_path(Path(path))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
         raise UserError(
             f"tokenizer {name!r} can't be fetched from the hub ({first_line(error)}): check its "
             "name and the network, or point to a copy with --set tokenizer='{path: FOLDER}'"

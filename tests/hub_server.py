@@ -238,8 +238,7 @@ class Repositories:
         options = {name: values[-1] for name, values in query.items()}
         entries = found.entries(folder, options.get("recursive") == "true")
         if not entries:
-            message = f"{folder} does not exist on this revision"
-            raise Refusal(404, "EntryNotFound", message, X_Repo_Commit=found.sha)
+            raise Refusal(404, "EntryNotFound", f"{folder} does not exist on this revision")
         limit = min(int(options.get("limit", self.page_size)), self.page_size)
         first = int(options.get("cursor", 0))
         headers = {}
@@ -327,8 +326,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(answer.body)))
         self.end_headers()
         if self.command != "HEAD":
+            self.server.hub.count_bytes(count)  # before the client can see them
             self.wfile.write(answer.body[:count])
-            self.server.hub.count_bytes(count)
 
     def _wait(self, wanted: bool) -> None:
         if wanted:
@@ -493,6 +492,7 @@ def use_hub(
     """Have the clients of this process ask `hub`, with caches of their own in `home`.
 
     They read the environment when they are imported, so what they read is changed one by one.
+    Call it anew to have them forget what they were told of the repositories.
     """
     import datasets
     import huggingface_hub
@@ -501,7 +501,7 @@ def use_hub(
 
     # Asked for once a process: would be in the log of whichever test comes first.
     patch.setattr(_detect_agent, "_registry", {"standardEnvVars": [], "harnesses": {}})
-    huggingface_hub.HfFileSystem.clear_instance_cache()  # would answer from memory
+    huggingface_hub.HfFileSystem.clear_instance_cache()  # keeps listings, broken ones too
     patch.setenv("NO_PROXY", "127.0.0.1")
     patch.setenv("HF_TOKEN", token or "")
     template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"

@@ -23,7 +23,7 @@ from hamner.errors import UserError
 from hamner.hub import Hub
 from hamner.recipe import HubSource, Recipe, load_recipe
 from hamner.sources import check_sources, open_source, open_stream
-from hamner.stage import check_needs
+from hamner.stage import check_needs, open_tokenizer
 
 GATED = "bigcode/starcoderdata"
 NAMES = (
@@ -60,6 +60,7 @@ def hub(
     monkeypatch.setattr(hub_module, "REQUEST_WAITS", (0.0, 0.0))
     monkeypatch.setattr("huggingface_hub.utils._http.time", Sleepless())
     hub_module.load_dataset.cache_clear()
+    hub_module.prepare_client()  # else the first test of a process would have the client's patience
     with HubServer(written[0], gated={GATED}) as server:
         server.stall_seconds = 3
         use_hub(monkeypatch, server, tmp_path / "home", token="hf_good")
@@ -205,6 +206,54 @@ def test_a_stream_goes_on_at_its_place_after_the_network_was_gone(
     assert len(told) == 2, told
     assert told[0].startswith(f"source '{name}': ") and "trying again" in told[0]
     assert told[1].startswith(f"source '{name}': goes on after ")
+
+
+def test_a_list_of_files_that_was_cut_short_is_not_taken_for_the_whole(
+    hub: HubServer, recipe: Recipe
+) -> None:
+    """The client keeps what it has listed, and would go on with the half of it."""
+    expected = all_rows(open_source("dclm", recipe))
+    hub.repositories.page_size = 2
+    hub_module.load_dataset.cache_clear()
+    broken = iter(range(7))  # more often than a request is tried again
+
+    def later_pages_break(number: int, method: str, path: str) -> str | None:
+        return "503" if "cursor=" in path and next(broken, None) is not None else None
+
+    hub.failures = later_pages_break
+    assert all_rows(patient("dclm", recipe)) == expected
+    assert next(broken, None) is None
+
+
+def test_a_list_of_files_that_never_comes_is_asked_for_again(
+    hub: HubServer, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client would wait for it without end."""
+    expected = all_rows(open_source("dclm", recipe))
+    monkeypatch.setattr(hub_module, "REQUEST_SECONDS", 0.3)
+    hub_module.load_dataset.cache_clear()
+    hub.stall_seconds = 30
+    once = iter([1])
+    hub.failures = lambda number, method, path: (
+        "timeout" if "/tree/" in path and next(once, None) else None
+    )
+    begin = time.monotonic()
+    assert all_rows(patient("dclm", recipe)) == expected
+    assert next(once, None) is None and time.monotonic() - begin < 20
+
+
+@pytest.mark.parametrize("failure", ["503", "cut", "reset", "timeout"])
+def test_a_tokenizer_that_can_not_be_fetched_is_told_in_one_sentence(
+    hub: HubServer, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, failure: str
+) -> None:
+    monkeypatch.setattr(hub_module, "REQUEST_SECONDS", 0.3)
+    monkeypatch.setattr("huggingface_hub.file_download._ETAG_RETRY_TIMEOUT", 0.3)
+    hub.failures = lambda number, method, path: failure if "tokenizer" in path else None
+    with pytest.raises(UserError) as caught:
+        open_tokenizer(recipe)
+    message = str(caught.value)
+    assert message.startswith("tokenizer 'HuggingFaceTB/cosmo2-tokenizer' can't be fetched")
+    assert "\n" not in message
 
 
 def test_patience_ends_in_one_sentence(hub: HubServer, recipe: Recipe) -> None:
