@@ -180,7 +180,8 @@ class Hub:
         if not folder.is_dir():
             raise UserError(
                 f"source {self.name!r}: the mirror has no folder {folder}; fill it with "
-                f"`hf download {self.spec.dataset} --repo-type dataset --local-dir {folder}`"
+                f"`hf download {self.spec.dataset} --repo-type dataset --local-dir {folder}`, or "
+                "with a part of it: README.md says how"
             )
         return None, self._load(str(folder), None)
 

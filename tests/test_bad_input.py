@@ -259,7 +259,8 @@ def test_missing_data_is_named_with_what_to_do(
     for source, line in zip(READS[name], lines, strict=True):
         assert line == (
             f"source {source!r}: no file matches {copied.folder}/texts/{source}.jsonl; put it "
-            "there (data/README.md says what writes it), or say where your data lies with --set data_dir=FOLDER"
+            "there (data/README.md says what writes it), or say where your data lies with "
+            "--set data_dir=FOLDER"
         )
 
 

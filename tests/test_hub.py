@@ -418,7 +418,8 @@ def test_a_folder_that_the_mirror_lacks_is_named_with_the_command_to_fill_it(
     folder = tmp_path / "HuggingFaceTB/finemath"
     assert str(caught.value) == (
         f"source 'math': the mirror has no folder {folder}; fill it with `hf download "
-        f"HuggingFaceTB/finemath --repo-type dataset --local-dir {folder}`"
+        f"HuggingFaceTB/finemath --repo-type dataset --local-dir {folder}`, or with a part of it: "
+        "README.md says how"
     )
 
 
