@@ -28,6 +28,7 @@ MicroBatch = dict[str, Tensor]
 State = dict[str, Any]
 READ_AHEAD = 256  # documents tokenised together, on all cores: many, as their lengths differ
 READ_AHEAD_CHARACTERS = 1_000_000  # or so many
+LEAST = 200
 OPEN_ROWS = 64  # rows that packing keeps open at once
 
 
@@ -130,7 +131,8 @@ def tokenized(documents: DocumentStream, tokenizer: Tokenizer) -> Iterator[list[
 
 
 def tokens_in(pieces: list[Piece]) -> int:
-    return sum(len(piece.ids) for piece in pieces)
+    """Tokens of the documents; a short one counts as LEAST, for it takes memory of its own."""
+    return sum(max(len(piece.ids), LEAST) for piece in pieces)
 
 
 class MixedBatches:

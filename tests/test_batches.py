@@ -534,3 +534,20 @@ def test_all_streams_of_a_mix_begin_at_once_and_end_with_it() -> None:
     assert len([t for t in threading.enumerate() if t.name == "prefetch"]) == 3
     mix.close()
     assert not [t for t in threading.enumerate() if t.name == "prefetch"]
+
+
+def test_short_documents_do_not_fill_the_memory() -> None:
+    """A document of ten tokens takes more memory than they do: far fewer are read ahead."""
+    made = []
+
+    class Recording(Numbers):
+        def documents(self, documents: Sequence[str]) -> list[list[int]]:
+            made.extend(documents)
+            return super().documents(documents)
+
+    documents = documents_of(numbered(100, 300))
+    stream = TokenStream(documents, Recording(), read_ahead=100_000)  # type: ignore[arg-type]
+    stream.take(10)
+    time.sleep(0.3)
+    stream.close()
+    assert 100_000 / 200 <= len(made) <= 100_000 / 200 + 3 * READ_AHEAD

@@ -69,7 +69,8 @@ class Shelf:
 
 
 @pytest.fixture
-def shelf(raw: Raw, tmp_path: Path) -> Shelf:
+def shelf(raw: Raw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shelf:
+    monkeypatch.setattr("hamner.batches.READ_AHEAD", 32)  # so that there are many groups
     return Shelf(raw, tmp_path / "cache")
 
 
