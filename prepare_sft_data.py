@@ -216,21 +216,26 @@ def rows(gathered: list[Gathered], side: str) -> Iterator[Row]:
 
 
 def summary(gathered: list[Gathered]) -> Table:
-    """What was kept of each source, how long it is, and what was dropped for which reason."""
+    """What was kept of each source, and how long it is in characters."""
+    headings = ("source", "kept", "train", "held out", "repeat", "turns", "mean", "longest")
     table = Table(title="Conversations for supervised fine-tuning")
-    headings = (
-        "source", "kept", "train", "validation", "repeat", "user turns", "characters", "longest",
-    )  # fmt: skip
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "source" else "right")
-    table.add_column("dropped")
     for part in gathered:
-        dropped = ", ".join(f"{reason} {count:,}" for reason, count in part.dropped.most_common())
-        table.add_row(part.spec.label, *counts([part]), str(part.spec.repeat), *lengths([part]),
-                      dropped)  # fmt: skip
+        table.add_row(part.spec.label, *counts([part]), str(part.spec.repeat), *lengths([part]))
     table.add_section()
-    total = sum(part.dropped.total() for part in gathered)
-    table.add_row("all", *counts(gathered), "", *lengths(gathered), f"{total:,}")
+    table.add_row("all", *counts(gathered), "", *lengths(gathered))
+    return table
+
+
+def dropped(gathered: list[Gathered]) -> Table:
+    """What was dropped of each source, and why."""
+    table = Table(title="Dropped")
+    for heading in ("source", "reason", "conversations"):
+        table.add_column(heading, justify="right" if heading == "conversations" else "left")
+    for part in gathered:
+        for reason, count in part.dropped.most_common():
+            table.add_row(part.spec.label, reason, f"{count:,}")
     return table
 
 
@@ -277,7 +282,7 @@ def main() -> int:
     for side in SIDES:
         write_json_lines(folder / f"{side}.jsonl", rows(gathered, side))
     shutil.rmtree(parts)
-    Console().print(summary(gathered))
+    Console().print(summary(gathered), dropped(gathered))
     print(f"written to {folder}/train.jsonl and validation.jsonl")
     return 0
 

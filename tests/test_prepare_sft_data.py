@@ -362,17 +362,18 @@ def test_a_new_run_takes_the_place_of_the_old_files(shop: Shop) -> None:
 def test_a_summary_tells_what_came_of_each_source(
     shop: Shop, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "140")
+    monkeypatch.setenv("COLUMNS", "80")
     shop.add("mine", [*(talk(i) for i in range(50)), *(talk(i) for i in range(7))], repeat=4)
     shop.run()
     out = capsys.readouterr().out
     written = shop.written()
-    (line,) = [line for line in out.splitlines() if "label of mine" in line]
-    cells = [cell.strip() for cell in line.strip("│ ").split("│")]
+    lines = [line.strip("│ ").split("│") for line in out.splitlines() if "label of mine" in line]
+    cells, dropped = ([cell.strip() for cell in line] for line in lines)
     sizes = [sum(len(m["content"]) for m in row["messages"]) for row in shop.all_written()]
     expected = ["50", str(len(written["train"])), str(len(written["validation"])), "4", "1.0"]
     assert cells[1:6] == expected
-    assert cells[6:] == [f"{sum(sizes) / 50:.0f}", str(max(sizes)), "copy 7"]
+    assert cells[6:] == [f"{sum(sizes) / 50:.0f}", str(max(sizes))]
+    assert dropped == ["label of mine", "copy", "7"]
     assert f"written to {shop.folder}/train.jsonl and validation.jsonl" in out
 
 
