@@ -59,6 +59,10 @@ class Gathered:
     def kept(self) -> list[Messages]:
         return self.train + self.validation
 
+    @property
+    def count(self) -> int:
+        return len(self.train) + len(self.validation)
+
 
 def clean(document: Document) -> Messages | str:
     """The conversation, stripped and ending with an answer, or the reason to drop it."""
@@ -92,19 +96,19 @@ def gather(recipe: Recipe, spec: SFTSource, seen: set[str], parts: Parts) -> Gat
     stream = dataclasses.replace(open_stream(spec.name, recipe), held_out_fraction=0.0)
     gathered, stream.state, finished = parts.restore(spec, stream.state)
     seen.update(map(key_of, gathered.kept))
-    kept = len(gathered.kept)
-    with tqdm(desc=spec.label, total=spec.at_most, initial=kept, unit="conv", disable=None) as bar:
+    count = gathered.count
+    with tqdm(desc=spec.label, total=spec.at_most, initial=count, unit="conv", disable=None) as bar:
         for document in () if finished else stream.one_epoch():
             reason = keep(clean(document), gathered, recipe.held_out_fraction, seen)
             if reason is not None:
                 gathered.dropped[reason] += 1
                 continue
             bar.update(1)
-            if len(gathered.kept) == spec.at_most:
+            if gathered.count == spec.at_most:
                 break
-            if len(gathered.kept) % PART == 0:
+            if gathered.count % PART == 0:
                 parts.add(gathered, stream.state)
-    if not gathered.kept:
+    if not gathered.count:
         raise UserError(f"source {spec.name!r}: not one conversation passed the filters")
     if not finished:
         parts.add(gathered, stream.state, finished=True)
@@ -127,7 +131,7 @@ class Parts:
 
     def __init__(self, folder: Path, key: str):
         self._folder, self._key = folder, key
-        self._written: dict[str, int] = {"train": 0, "validation": 0}
+        self._written = dict.fromkeys(SIDES, 0)
         self._count = 0
 
     def restore(self, spec: SFTSource, state: State) -> tuple[Gathered, State, bool]:
