@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100  # a label with this value asks for no loss
-MAX_LOGITS = 2**28  # the loss never holds more logits than this at once (1 GiB in fp32)
+MAX_LOGITS = 2**27  # the loss never holds more logits than this at once: 512 MiB in fp32
+CPU_HEAD_TOKENS = 512  # nor, on a CPU, those of more tokens: they stay in its cache
 
 
 @dataclass(frozen=True)
@@ -292,6 +294,7 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         logits_to_keep: int = 0,
         reduction: str = "mean",
+        num_labels: int | None = None,
     ) -> Output:
         """Logits, or with labels the loss of predicting each label from what stands before it.
 
@@ -305,6 +308,8 @@ class Transformer(nn.Module):
             logits_to_keep: only the last so many positions get logits; 0 means all.
             reduction: "mean" over the labelled tokens, their "sum", or "none" for the loss of
                 every token (B, T), 0 where there is none: at [b, t] stands -log p(labels[b, t]).
+            num_labels: what `count_labels` says of these labels. A GPU that is told needn't be
+                asked, and so needn't be waited for.
 
         Raises:
             ValueError: more positions than max_position_embeddings or than the cache holds;
@@ -316,11 +321,10 @@ class Transformer(nn.Module):
         hidden = self.model(input_ids, sequence_ids, cache)  # (B, T, C)
         if labels is None:
             return Output(logits=self.lm_head(hidden[:, -logits_to_keep:]))
-        unmasked = labels is input_ids and sequence_ids is None
-        targets = labels[:, 1:]
-        if sequence_ids is not None:
-            targets = targets.masked_fill(sequence_ids[:, 1:] != sequence_ids[:, :-1], IGNORE_INDEX)
-        return Output(loss=self._loss(hidden[:, :-1], targets, unmasked, reduction))
+        targets = shifted_targets(labels, sequence_ids)  # (B, T-1)
+        if labels is input_ids and sequence_ids is None:
+            num_labels = targets.numel()
+        return Output(loss=self._loss(hidden[:, :-1], targets, reduction, num_labels))
 
     def _check_length(self, input_ids: Tensor, cache: KVCache | None) -> None:
         end = input_ids.shape[1] + (cache.length if cache is not None else 0)
@@ -330,33 +334,109 @@ class Transformer(nn.Module):
         if end > limit:
             raise ValueError(f"{end} positions, but there is room for {limit}")
 
-    def _loss(self, hidden: Tensor, targets: Tensor, unmasked: bool, reduction: str) -> Tensor:
-        """Cross-entropy of hidden (B, T-1, C) against targets (B, T-1), already shifted.
-
-        Selecting the labelled positions asks the device how many there are; `unmasked` promises
-        that all are, and so spares a GPU the wait.
-        """
-        hidden, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-        labelled = slice(None) if unmasked else flat != IGNORE_INDEX
-        losses = self._token_losses(hidden[labelled], flat[labelled])  # (N)
-        if reduction == "mean":
-            return losses.mean()
-        if reduction == "sum":
-            return losses.sum()
-        if reduction != "none":
+    def _loss(
+        self, hidden: Tensor, targets: Tensor, reduction: str, num_labels: int | None
+    ) -> Tensor:
+        """Cross-entropy of hidden (B, T-1, C) against targets (B, T-1), already shifted."""
+        if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction must be mean, sum or none, got {reduction!r}")
+        hidden, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+        if num_labels == len(flat):
+            place: Tensor | slice = slice(None)
+        elif num_labels is None:
+            place = (flat != IGNORE_INDEX).nonzero()[:, 0]  # (N); asks the device how many
+        else:
+            place = torch.nonzero_static(flat != IGNORE_INDEX, size=num_labels)[:, 0]
+        hidden, labelled = hidden[place], flat[place]  # (N, C), (N)
+        if reduction != "none":
+            total = head_loss(hidden, self.lm_head.weight, labelled, "sum")
+            return total if reduction == "sum" else total / len(labelled)
+        losses = head_loss(hidden, self.lm_head.weight, labelled, "none")  # (N)
         per_token = losses.new_zeros(flat.shape)
-        per_token[labelled] = losses
+        per_token[place] = losses
         return F.pad(per_token.view(targets.shape), (1, 0))  # (B, T)
 
-    def _token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """-log p of targets (N) given hidden (N, C), without holding all N x V logits at once."""
-        size = max(1, MAX_LOGITS // self.config.vocab_size)
-        if len(targets) <= size:
-            return self._head_loss(hidden, targets)
-        chunks = zip(hidden.split(size), targets.split(size), strict=True)
-        losses = [checkpoint(self._head_loss, h, t, use_reentrant=False) for h, t in chunks]
+
+# ------------------------------------------------------------------------------ the loss
+
+
+def shifted_targets(labels: Tensor, sequence_ids: Tensor | None) -> Tensor:
+    """What each position but the last is to predict (B, T-1): the label of the next.
+
+    -100 where the next token belongs to another sequence.
+    """
+    targets = labels[:, 1:]
+    if sequence_ids is not None:
+        targets = targets.masked_fill(sequence_ids[:, 1:] != sequence_ids[:, :-1], IGNORE_INDEX)
+    return targets
+
+
+def count_labels(labels: Tensor, sequence_ids: Tensor | None = None) -> int:
+    """How many losses `Transformer.forward` sums up for labels (B, T)."""
+    return int((shifted_targets(labels, sequence_ids) != IGNORE_INDEX).sum())
+
+
+def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    """Cross-entropy of the logits `hidden @ weight.T` against targets, some tokens at a time.
+
+    hidden (N, C), weight (V, C), targets (N); reduction is "sum" or "none" (N). All N x V logits
+    never exist together: for a sum, each part's gradients are computed along with its loss, as
+    torch's own chunked `linear_cross_entropy` (2.13 and later) does.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    size = max(1, MAX_LOGITS // len(weight))
+    if device == "cpu":
+        size = min(size, CPU_HEAD_TOKENS)
+    with torch.autocast(device, enabled=False):
+        # torch's own answers in the precision of its input: fp16 can't hold the sum of a batch.
+        if hasattr(F, "linear_cross_entropy") and hidden.dtype == torch.float32:
+            parts = nn.LinearCrossEntropyOptions(batch_chunk_size=size, chunking_method=None)
+            return F.linear_cross_entropy(
+                hidden, weight, targets, reduction=reduction, options=parts
+            )
+        if reduction == "sum":
+            return SummedHeadLoss.apply(hidden, weight, targets, size)
+        pairs = zip(hidden.split(size), targets.split(size), strict=True)
+        losses = [checkpoint(_token_losses, h, weight, t, use_reentrant=False) for h, t in pairs]
         return torch.cat(losses)
 
-    def _head_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.lm_head(hidden).float(), targets, reduction="none")
+
+def _token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="none")
+
+
+class SummedHeadLoss(torch.autograd.Function):
+    """The summed cross-entropy of `head_loss`, `size` tokens at a time, for older torch.
+
+    The gradient of the logits is softmax - one-hot: at hand once the loss is, and so turned at
+    once into those of hidden and weight, which the backward pass has only to scale.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, size: int) -> Tensor:
+        total = torch.zeros((), device=hidden.device)
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for begin in range(0, len(targets), size):
+            part, index = hidden[begin : begin + size], targets[begin : begin + size, None]
+            log_p = F.log_softmax(F.linear(part, weight).float(), dim=-1)  # (size, V)
+            total -= log_p.gather(1, index).sum()
+            if any(ctx.needs_input_grad):
+                d_logits = log_p.exp_()
+                d_logits.scatter_add_(1, index, d_logits.new_full(index.shape, -1))
+                d_logits = d_logits.type_as(hidden)
+                torch.mm(d_logits, weight, out=d_hidden[begin : begin + size])
+                d_weight += d_logits.T @ part
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        d_hidden, d_weight = ctx.saved_tensors
+        # In the precision of the statistics: half precision would lose what is small.
+        d_hidden = (d_hidden * upstream).type_as(d_hidden)
+        return d_hidden, (d_weight * upstream).to(ctx.dtype), None, None
