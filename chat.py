@@ -17,10 +17,10 @@ import torch
 from hamner import checkpoints
 from hamner.errors import UserError, nearest, run
 from hamner.generation import Sampling, fit_context, generate_text
+from hamner.machine import pick_device
 from hamner.recipe import STAGES, load_recipe
 from hamner.stage import command
 from hamner.tokenization import Message, Tokenizer
-from hamner.training import pick_device
 from model import Transformer
 
 COMMANDS = {

@@ -148,7 +148,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     """Grouped-query attention (arXiv 2305.13245): q (B, H, T, D), k and v (B, K, S, D)."""
     grouped = q.shape[1] != k.shape[1]
-    if grouped and q.device.type == "cpu":  # the grouped CPU kernel is slower than the copies
+    flash = q.device.type == "cuda" and q.dtype != torch.float32 and mask is None
+    if grouped and not flash:  # other kernels that know of groups are slower than the copies
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
         grouped = False

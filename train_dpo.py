@@ -1,7 +1,8 @@
 """Stage 5: direct preference optimisation (Rafailov et al., arXiv 2305.18290).
 
 The reference is the SFT model itself: what it thinks of every pair is computed once, before the
-first step, and kept in the checkpoint. Chosen and rejected answers are packed into common rows.
+first step, and kept in the checkpoint, and beside it for other runs over the same pairs. Chosen and
+rejected answers are packed into common rows, as short as they can be.
 
     python train_dpo.py                        from stage 4's best checkpoint, or continue
 """
@@ -9,27 +10,45 @@ first step, and kept in the checkpoint. Chosen and rejected answers are packed i
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer as HFTokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from hamner.batches import Batch, Example, MicroBatch, digest, make_example, pack, packed_tensors
+from hamner.batches import (
+    Batch,
+    Example,
+    MicroBatch,
+    digest,
+    filled_share_of,
+    make_example,
+    on_device,
+    pack,
+    packed_tensors,
+)
 from hamner.errors import UserError, run
-from hamner.recipe import Recipe
+from hamner.machine import autocast
+from hamner.recipe import DPOStage, Recipe
+from hamner.reference_cache import ReferenceCache
 from hamner.sources import Row, is_held_out, open_source
 from hamner.stage import Start, open_stage, stage_parser
 from hamner.tokenization import Message, Tokenizer, check_message
-from hamner.training import Task, Validation, autocast
+from hamner.training import Task, Validation
 from model import IGNORE_INDEX, Transformer
 
 METRICS = ("chosen_reward", "rejected_reward", "margin", "accuracy", "chosen_logp", "rejected_logp")
+ATTENTION_LENGTH = 2_048  # in rows so long attention costs as much as all the rest, about
+TOGETHER = 1_000  # rows tokenised together, on all cores
 
 
 @dataclass
@@ -50,13 +69,36 @@ def last_answer(tokenizer: Tokenizer, messages: Sequence[Message]) -> Example:
     return make_example(ids, [IGNORE_INDEX] * len(prompt) + labels[len(prompt) :])
 
 
-def make_pair(row: Row, tokenizer: Tokenizer, room: int) -> Pair | str:
-    """A row's pair, or the reason why it is of no use."""
+class PreparedTokenizer(Tokenizer):
+    """The same tokenizer with the ids of many texts made ready together, on all cores."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._ready: dict[str, list[int]] = {}
+        super().__init__(HFTokenizer.from_str(tokenizer.to_json()))
+
+    def prepare(self, rows: Iterable[Row]) -> None:
+        """Tokenise what is said in these rows, each text once; forget the rows before."""
+        messages = (m for row in rows for m in (*row["chosen"], *row["rejected"]))
+        texts = list(dict.fromkeys(message["content"].strip() for message in messages))
+        self._ready = dict(zip(texts, self.encode_batch(texts), strict=True))
+
+    def encode(self, text: str) -> list[int]:
+        ids = self._ready.get(text)
+        return super().encode(text) if ids is None else ids
+
+
+def check_row(row: Row) -> None:
+    """Raises a UserError that says why this is no preference pair at all."""
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if not (isinstance(chosen, list) and isinstance(rejected, list) and chosen and rejected):
         raise UserError("preference rows need message lists in columns chosen and rejected")
     for message in (*chosen, *rejected):
         check_message(message)
+
+
+def make_pair(row: Row, tokenizer: Tokenizer, room: int) -> Pair | str:
+    """A checked row's pair, or the reason why it is of no use."""
+    chosen, rejected = row["chosen"], row["rejected"]
     if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
         return "not ending with an answer"
     if chosen[:-1] != rejected[:-1]:
@@ -69,64 +111,103 @@ def make_pair(row: Row, tokenizer: Tokenizer, room: int) -> Pair | str:
     return pair
 
 
-def read_pairs(recipe: Recipe, tokenizer: Tokenizer, side: str, at_most: int) -> list[Pair]:
-    """Usable pairs of a side, `train` or `validation`, up to `at_most`; prints what was left out.
-
-    If both sides name the same source, it is split by a hash of the prompt.
+def side_rows(recipe: Recipe, side: str) -> Iterator[Row]:
+    """Rows of a side, `train` or `validation`; one source for both is split by the prompt's hash.
 
     Raises:
-        UserError: the source can't be read, or holds no usable pair.
+        UserError: the source can't be read, or holds something else than preference pairs.
     """
     settings = recipe.dpo
     name = settings.train if side == "train" else settings.validation
     shared = settings.train == settings.validation
-    pairs: list[Pair] = []
-    left_out: Counter[str] = Counter()
     for row, _ in open_source(name, recipe).rows(0, None):
         try:
-            pair = make_pair(row, tokenizer, settings.sequence_length)
+            check_row(row)
         except UserError as error:
             raise UserError(f"source {name!r}: not a preference pair ({error})") from None
-        if shared and is_validation(row, recipe.held_out_fraction) != (side == "validation"):
-            continue
-        if isinstance(pair, str):
-            left_out[pair] += 1
-            continue
-        pairs.append(pair)
-        if len(pairs) == at_most:
-            break
-    reasons = "".join(f"; {count:,} left out: {reason}" for reason, count in left_out.items())
-    print(f"{side}: {len(pairs):,} preference pairs{reasons}", flush=True)
-    if not pairs:
-        raise UserError(f"source {name!r}: no usable preference pair for {side}")
-    return pairs
+        if not shared or is_validation(row, recipe.held_out_fraction) == (side == "validation"):
+            yield row
 
 
 def is_validation(row: Row, fraction: float) -> bool:
     return is_held_out(row["chosen"][:-1], fraction)
 
 
+def read_pairs(recipe: Recipe, tokenizer: Tokenizer, side: str, at_most: int) -> list[Pair]:
+    """Usable pairs of a side, up to `at_most`; prints what was left out.
+
+    Raises:
+        UserError: the source can't be read, or holds no usable pair.
+    """
+    rows, prepared = side_rows(recipe, side), PreparedTokenizer(tokenizer)
+    pairs: list[Pair] = []
+    left_out: Counter[str] = Counter()
+    while wanted := at_most - len(pairs):
+        together = list(itertools.islice(rows, min(wanted, TOGETHER)))
+        if not together:
+            break
+        prepared.prepare(together)
+        for row in together:
+            pair = make_pair(row, prepared, recipe.dpo.sequence_length)
+            if isinstance(pair, Pair):
+                pairs.append(pair)
+            else:
+                left_out[pair] += 1
+    reasons = "".join(f"; {count:,} left out: {reason}" for reason, count in left_out.items())
+    print(f"{side}: {len(pairs):,} preference pairs{reasons}", flush=True)
+    if not pairs:
+        name = recipe.dpo.train if side == "train" else recipe.dpo.validation
+        raise UserError(f"source {name!r}: no usable preference pair for {side}")
+    return pairs
+
+
 # ------------------------------------------------------------------------------ batches
 
 
-def pair_tensors(pairs: Sequence[Pair], reference: Tensor, row_length: int) -> MicroBatch:
-    """Pairs packed into rows.
+def good_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+    """Item numbers of each row, for rows with little padding that aren't longer than need be.
 
-    Besides the packed rows: `slots` (2, P), where each pair's chosen and rejected sequence lies
-    among all (row, sequence) places, and `reference` (2, P), its log-probabilities.
+    Every row length from the longest item's to `row_length` is tried, in steps of 64, and the rows
+    that should take the least time are taken.
+    """
+    order = sorted(range(len(lengths)), key=lambda item: -lengths[item])
+    longest_first = [lengths[item] for item in order]
+    packings = [
+        pack(longest_first, length)
+        for length in (*range(longest_first[0], row_length, 64), row_length)
+    ]
+
+    def cost(rows: list[list[int]]) -> int:
+        length = max(sum(longest_first[i] for i in row) for row in rows)
+        return len(rows) * length * (ATTENTION_LENGTH + length)
+
+    return [[order[i] for i in row] for row in min(packings, key=cost)]
+
+
+def pair_tensors(pairs: Sequence[Pair], reference: Tensor, row_length: int) -> MicroBatch:
+    """P pairs packed into rows, no longer than the fullest of them.
+
+    Besides the packed rows (R, T): `answers` (R, T), the number of the answer that a token belongs
+    to, chosen ones first, padding to any; `reference` (2, P), the answers' log-probabilities; and
+    `answer_tokens` (2, P), how many tokens of each carry a label.
     """
     examples = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    rows = pack([len(example) for example in examples], row_length)
-    places = max(len(row) for row in rows) + 1  # the last one of each row takes the padding
-    slots = torch.empty(len(examples), dtype=torch.int64)
+    lengths = [len(example) for example in examples]
+    rows = good_rows(lengths, row_length) if examples else [[]]
+    longest = max(2, *(sum(lengths[i] for i in row) for row in rows))
+    tensors = packed_tensors([[examples[i] for i in row] for row in rows], longest)
+    tensors["answers"] = torch.zeros(len(rows), longest, dtype=torch.int64)
     for r, row in enumerate(rows):
-        for number, item in enumerate(row):
-            slots[item] = r * places + number
-    tensors = packed_tensors([[examples[i] for i in row] for row in rows], row_length)
-    tensors["places"] = torch.tensor(places)
-    tensors["slots"] = slots.view(2, len(pairs))
+        numbers = np.repeat(row, [lengths[i] for i in row])
+        tensors["answers"][r, : len(numbers)] = torch.from_numpy(numbers)
+    labelled = [labelled_tokens(example) for example in examples]
+    tensors["answer_tokens"] = torch.tensor(labelled, dtype=torch.int64).view(2, len(pairs))
     tensors["reference"] = reference
     return tensors
+
+
+def labelled_tokens(example: Example) -> int:
+    return int((example.labels != IGNORE_INDEX).sum())
 
 
 class PairBatches:
@@ -138,8 +219,11 @@ class PairBatches:
         reference: Tensor,  # (2, number of pairs)
         recipe: Recipe,
         state: dict[str, Any] | None = None,
+        rank: int = 0,
+        ranks: int = 1,
     ):
         self.pairs, self.reference, self.settings = pairs, reference, recipe.dpo
+        self.rank, self.ranks = rank, ranks
         self.order: list[int] = []
         for epoch in range(recipe.dpo.epochs):
             epoch_order = list(range(len(pairs)))
@@ -155,26 +239,41 @@ class PairBatches:
         while self.done < len(self.order):
             chosen = self.order[self.done : self.done + self.settings.pairs_per_step]
             self.done += len(chosen)
-            batch = pair_batch(self.pairs, chosen, self.reference, self.settings)
+            batch = pair_batch(
+                self.pairs, chosen, self.reference, self.settings, rank=self.rank, ranks=self.ranks
+            )
             batch.state, batch.epoch = {"pair": self.done}, self.done / len(self.pairs)
             yield batch
 
 
 def pair_batch(
-    pairs: Sequence[Pair], numbers: Sequence[int], reference: Tensor, settings: Any
+    pairs: Sequence[Pair],
+    numbers: Sequence[int],
+    reference: Tensor,
+    settings: DPOStage,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Batch:
-    """The pairs of these numbers, in micro-batches; the loss is a mean over pairs."""
-    parts = [
-        numbers[i : i + settings.micro_batch] for i in range(0, len(numbers), settings.micro_batch)
-    ]
-    micro_batches = [
-        pair_tensors(
-            [pairs[i] for i in part], reference[:, torch.tensor(part)], settings.sequence_length
-        )
-        for part in parts
-    ]
+    """A rank's share of the pairs of these numbers, in micro-batches; the loss is a mean over all.
+
+    `pairs_per_token` in each turns a sum over chosen tokens into what, divided by the number of
+    pairs like all else, is the mean over all chosen tokens of the step.
+    """
+    chosen_tokens = sum(labelled_tokens(pairs[i].chosen) for i in numbers)
+    micro_batches = []
+    for part in in_parts(filled_share_of(numbers, rank, ranks, filler=-1), settings.micro_batch):
+        part = [i for i in part if i >= 0]
+        of_part = reference[:, torch.tensor(part, dtype=torch.int64)]
+        tensors = pair_tensors([pairs[i] for i in part], of_part, settings.sequence_length)
+        tensors["pairs_per_token"] = torch.tensor(len(numbers) / chosen_tokens)
+        micro_batches.append(tensors)
     tokens = sum(len(pairs[i].chosen) + len(pairs[i].rejected) for i in numbers)
     return Batch(micro_batches, len(numbers), tokens, {})
+
+
+def in_parts(numbers: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [numbers[i : i + size] for i in range(0, len(numbers), size)]
 
 
 # ------------------------------------------------------------------------------ the loss
@@ -182,27 +281,46 @@ def pair_batch(
 
 def pair_log_probabilities(model: Transformer, batch: MicroBatch) -> Tensor:
     """Summed log-probability of every answer: (2, P), chosen above rejected."""
-    sequence_ids = batch["sequence_ids"]  # (R, T)
-    out = model(batch["input_ids"], batch["labels"], sequence_ids=sequence_ids, reduction="none")
-    assert out.loss is not None
-    rows, places = len(sequence_ids), int(batch["places"])
-    place = sequence_ids % places  # padding, -1, becomes the last place
-    place = place + torch.arange(rows, device=place.device)[:, None] * places
-    sums = out.loss.new_zeros(rows * places)
-    sums = sums.index_add(0, place.flatten(), -out.loss.flatten())
-    return sums[batch["slots"]]
+    out = model(
+        batch["input_ids"],
+        batch["labels"],
+        sequence_ids=batch["sequence_ids"],
+        num_labels=batch["num_labels"],
+        reduction="none",
+    )
+    count = batch["reference"].numel()
+    sums = out.loss.new_zeros(max(1, count))  # padding needs a place where there is no answer
+    sums = sums.index_add(0, batch["answers"].flatten(), -out.loss.flatten())  # 0 from padding
+    return sums[:count].view_as(batch["reference"])
+
+
+def preference_losses(log_ratios: Tensor, answer_tokens: Tensor, settings: DPOStage) -> Tensor:
+    """Loss of each pair (P), from log(policy / reference) of its answers (2, P).
+
+    sigmoid: equation 7 of the DPO paper, with label smoothing as if that share of the labels were
+    the wrong way round ("conservative DPO", equation 3 of https://ericmitchell.ai/cdpo.pdf).
+    ipo: equation 17 of arXiv 2310.12036, on log-ratios per token.
+    """
+    if settings.loss == "ipo":
+        chosen, rejected = log_ratios / answer_tokens
+        return (chosen - rejected - 1 / (2 * settings.beta)) ** 2
+    margin = settings.beta * (log_ratios[0] - log_ratios[1])
+    smoothing = settings.label_smoothing
+    return -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
 
 
 def dpo_loss(
-    model: Transformer, batch: MicroBatch, beta: float
+    model: Transformer, batch: MicroBatch, settings: DPOStage
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """-log sigmoid(beta * margin), summed over pairs (equation 7 of the paper).
+    """The preference loss, and `sft_weight` times that of the chosen answers; summed over pairs.
 
     A reward is beta times how much likelier the policy finds an answer than the reference does.
     """
     logps = pair_log_probabilities(model, batch)
-    rewards = beta * (logps - batch["reference"])  # (2, P)
+    log_ratios = logps - batch["reference"]  # (2, P)
+    rewards = settings.beta * log_ratios
     margin = rewards[0] - rewards[1]
+    loss = preference_losses(log_ratios, batch["answer_tokens"], settings).sum()
     sums = {
         "chosen_reward": rewards[0].sum(),
         "rejected_reward": rewards[1].sum(),
@@ -211,64 +329,103 @@ def dpo_loss(
         "chosen_logp": logps[0].sum(),
         "rejected_logp": logps[1].sum(),
     }
-    return -F.logsigmoid(margin).sum(), sums
+    if settings.sft_weight:
+        sums["sft_loss"] = -logps[0].sum() * batch["pairs_per_token"]
+        loss = loss + settings.sft_weight * sums["sft_loss"]
+    return loss, sums
+
+
+# ------------------------------------------------------------------------------ the reference
 
 
 @torch.no_grad()
 def reference_log_probabilities(start: Start, pairs: Sequence[Pair], side: str) -> Tensor:
-    """(2, number of pairs), by the model as it stands before the first step."""
+    """(2, number of pairs), by the model as it stands before the first step.
+
+    Pairs of like length go together, longest first: little padding, and a memory that is too small
+    shows at once.
+    """
     settings, model = start.recipe.dpo, start.model.to(start.device).eval()
-    unknown = torch.zeros(2, len(pairs))
-    batch = pair_batch(pairs, range(len(pairs)), unknown, settings)
-    parts = []
-    for micro_batch in tqdm(batch.micro_batches, desc=f"reference, {side}", disable=None):
-        on_device = {key: value.to(start.device) for key, value in micro_batch.items()}
+    order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i].chosen) - len(pairs[i].rejected))
+    found = []
+    for part in tqdm(in_parts(order, settings.micro_batch), f"reference, {side}", disable=None):
+        unknown = torch.zeros(2, len(part))
+        batch = pair_tensors([pairs[i] for i in part], unknown, settings.sequence_length)
         with autocast(start.recipe.precision, start.device):
-            parts.append(pair_log_probabilities(model, on_device).float().cpu())
-    return torch.cat(parts, dim=1)
+            found.append(pair_log_probabilities(model, on_device(batch, start.device)).float())
+    result = torch.empty(2, len(pairs))
+    result[:, torch.tensor(order)] = torch.cat(found, dim=1).cpu()
+    return result
+
+
+def reference_folder(recipe: Recipe) -> Path:
+    """Where runs leave their references for others: beside the checkpoints, which --fresh moves."""
+    folder = recipe.folder("dpo")
+    return folder.with_name(f"{folder.name}_reference")
 
 
 def references(start: Start, sides: dict[str, list[Pair]]) -> dict[str, Any]:
-    """Reference log-probabilities of both sides: from the checkpoint of this run, or computed.
+    """Reference log-probabilities of both sides.
+
+    They come from the checkpoint of this run, from another run over the same pairs, or are
+    computed.
 
     Raises:
         UserError: the run began with other pairs.
     """
     digests = {
-        f"{side}_pairs": digest(answer for pair in pairs for answer in (pair.chosen, pair.rejected))
+        side: digest(answer for pair in pairs for answer in (pair.chosen, pair.rejected))
         for side, pairs in sides.items()
     }
-    if start.resume is None:
-        computed = {s: reference_log_probabilities(start, pairs, s) for s, pairs in sides.items()}
-        return {**computed, **digests}
-    kept = start.resume["extra"]["reference"]
+    if start.resume is not None:
+        kept = start.resume["extra"]["reference"]
+        check_same_pairs(kept, sides, digests)
+        return kept
+    arithmetic = f"{start.recipe.precision} on {start.device.type}"
+    cache = ReferenceCache(reference_folder(start.recipe), start.model, arithmetic)
+    found: dict[str, Any] = {f"{side}_pairs": digests[side] for side in sides}
     for side, pairs in sides.items():
-        if kept[f"{side}_pairs"] != digests[f"{side}_pairs"]:
+        compute = functools.partial(reference_log_probabilities, start, pairs, side)
+        found[side] = cache.log_probabilities(digests[side], len(pairs), compute)
+    return found
+
+
+def check_same_pairs(
+    kept: dict[str, Any], sides: dict[str, list[Pair]], digests: dict[str, str]
+) -> None:
+    for side, pairs in sides.items():
+        if kept[f"{side}_pairs"] != digests[side]:
             raise UserError(
                 f"this run began with {kept[side].shape[1]:,} {side} pairs, and these "
                 f"{len(pairs):,} are not the same: bring the old data back, or begin anew with "
                 "--fresh"
             )
-    return kept
+
+
+# ------------------------------------------------------------------------------ the stage
 
 
 def dpo_task(start: Start) -> Task:
-    recipe, settings = start.recipe, start.recipe.dpo
+    recipe, settings, machine = start.recipe, start.recipe.dpo, start.machine
     sides = {
         "train": read_pairs(recipe, start.tokenizer, "train", settings.max_pairs),
         "validation": read_pairs(recipe, start.tokenizer, "validation", settings.validation_pairs),
     }
-    reference = references(start, sides)
+    reference = machine.from_leader(lambda: references(start, sides))
     held_out = sides["validation"]
     validation = pair_batch(held_out, range(len(held_out)), reference["validation"], settings)
     steps = PairBatches(sides["train"], reference["train"], recipe).steps
     return Task(
         stage="dpo",
-        batches=lambda state: iter(PairBatches(sides["train"], reference["train"], recipe, state)),
+        batches=lambda state: iter(
+            PairBatches(
+                sides["train"], reference["train"], recipe, state, machine.rank, machine.ranks
+            )
+        ),
         steps=min(steps, settings.steps or steps),
-        loss=functools.partial(dpo_loss, beta=settings.beta),
+        loss=functools.partial(dpo_loss, settings=settings),
         validation={"dpo": Validation(validation)},
-        metrics=METRICS,
+        metrics=(*METRICS, "sft_loss") if settings.sft_weight else METRICS,
         keep_best=True,
         patience=settings.patience,
         chat_prompts=True,

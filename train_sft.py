@@ -93,6 +93,8 @@ def sft_task(start: Start) -> Task:
             micro_batch=settings.micro_batch,
             seed=recipe.seed,
             state=state,
+            rank=start.machine.rank,
+            ranks=start.machine.ranks,
         )
 
     def batches(state: dict[str, Any] | None) -> Iterator[Batch]:
@@ -107,7 +109,7 @@ def sft_task(start: Start) -> Task:
     steps = packed(None).steps
     rows = pack([len(example) for example in held_out.examples], room)
     validation = packed_batch(
-        [[held_out.examples[i] for i in row] for row in rows], room, settings.micro_batch, {}
+        [[held_out.examples[i] for i in row] for row in rows], room, settings.micro_batch
     )
     return Task(
         stage="sft",

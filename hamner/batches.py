@@ -12,7 +12,7 @@ import random
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,9 +22,9 @@ from hamner.prefetching import Prefetched
 from hamner.sources import Document, DocumentStream, size_of
 from hamner.token_cache import Piece, TokenCache
 from hamner.tokenization import Tokenizer
-from model import IGNORE_INDEX
+from model import IGNORE_INDEX, count_labels
 
-MicroBatch = dict[str, Tensor]
+MicroBatch = dict[str, Any]  # tensors, and numbers that the device needn't be asked for
 State = dict[str, Any]
 READ_AHEAD = 256  # documents tokenised together, on all cores: many, as their lengths differ
 READ_AHEAD_CHARACTERS = 1_000_000  # or so many
@@ -41,6 +41,14 @@ class Batch:
     tokens: int  # tokens the model reads, padding not counted
     state: State  # the data position after this batch
     epoch: float = 0.0
+
+
+def on_device(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
+    """The micro-batch with its tensors on a device; from page-locked memory without a wait."""
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for key, value in micro_batch.items()
+    }
 
 
 # ------------------------------------------------------------------------------ token streams
@@ -140,56 +148,106 @@ class MixedBatches:
 
     The source of a sequence is the one that has fallen furthest behind its weight, so that after
     any number of sequences each source's share is exact to within one sequence.
+
+    Every source comes dealt into lanes. The first sequences of a step are drawn from the first
+    lane and trained on by the first rank, and so on, equally many each: what a step consists of has
+    nothing to do with how many ranks there are.
     """
 
     def __init__(
         self,
-        streams: Mapping[str, TokenStream],
+        streams: Mapping[str, Mapping[int, TokenStream]],  # by source and lane: `lanes_of` tells
         weights: Mapping[str, float],
         *,
         sequence_length: int,
         sequences_per_step: int,
         micro_batch: int,
         drawn: Mapping[str, int] | None = None,
+        lanes: int = 1,
+        rank: int = 0,
+        ranks: int = 1,
     ):
-        self.streams = dict(streams)
+        self.streams = {name: dict(lanes) for name, lanes in streams.items()}
         self.weights = {name: weight / sum(weights.values()) for name, weight in weights.items()}
         self.sequence_length = sequence_length
         self.sequences_per_step = sequences_per_step
         self.micro_batch = micro_batch
         self.drawn = {name: (drawn or {}).get(name, 0) for name in self.streams}
+        self.lanes, self.rank, self.ranks = lanes, rank, ranks
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        for stream in self.streams.values():
+        for stream in self._all_streams():
             stream.begin()
-        rows = np.stack([self._sequence() for _ in range(self.sequences_per_step)])
-        input_ids = torch.from_numpy(rows)
+        drawn = [self._sequence(number) for number in range(self.sequences_per_step)]
+        mine = [row for row in share_of(drawn, self.rank, self.ranks) if row is not None]
+        input_ids = torch.from_numpy(np.stack(mine))
         return Batch(
             micro_batches=[{"input_ids": ids} for ids in input_ids.split(self.micro_batch)],
-            weight=len(rows) * (self.sequence_length - 1),
-            tokens=rows.size,
+            weight=self.sequences_per_step * (self.sequence_length - 1),
+            tokens=self.sequences_per_step * self.sequence_length,
             state=self.state,
         )
 
     def close(self) -> None:
         """End what the streams have running in the background; from any thread."""
-        for stream in self.streams.values():
+        for stream in self._all_streams():
             stream.close()
 
     @property
     def state(self) -> State:
-        streams = {name: stream.state for name, stream in self.streams.items()}
-        return {"sources": streams, "drawn": dict(self.drawn)}
+        """The data position; of several ranks, each knows the lanes that it draws from."""
+        places = {
+            name: {lane: stream.state for lane, stream in lanes.items()}
+            for name, lanes in self.streams.items()
+        }
+        return {"sources": places, "drawn": dict(self.drawn)}
 
-    def _sequence(self) -> np.ndarray:
+    def _all_streams(self) -> list[TokenStream]:
+        return [stream for lanes in self.streams.values() for stream in lanes.values()]
+
+    def _sequence(self, number: int) -> np.ndarray | None:
+        """The tokens of a step's sequence; None from a lane that only other ranks need."""
         total = sum(self.drawn.values()) + 1
         behind = [name for name in self.weights if self.drawn[name] < self.weights[name] * total]
         name = min(behind, key=lambda name: (self.drawn[name] + 1) / self.weights[name])
         self.drawn[name] += 1
-        return self.streams[name].take(self.sequence_length)
+        stream = self.streams[name].get(number * self.lanes // self.sequences_per_step)
+        return stream.take(self.sequence_length) if stream is not None else None
+
+
+def lanes_of(rank: int, ranks: int, lanes: int, sequences_per_step: int) -> list[int]:
+    """The lanes that a rank's sequences come from; see `MixedBatches`."""
+    numbers = share_of(range(sequences_per_step), rank, ranks)
+    return sorted({number * lanes // sequences_per_step for number in numbers})
+
+
+def merged_states(states: Sequence[Any]) -> Any:
+    """The data position of a run from what its ranks know of it."""
+    if not isinstance(states[0], dict):
+        return states[0]
+    keys = dict.fromkeys(key for state in states for key in state)
+    return {key: merged_states([state[key] for state in states if key in state]) for key in keys}
+
+
+T = TypeVar("T")
+
+
+def share_of(items: Sequence[T], rank: int, ranks: int) -> list[T]:
+    """A rank's part of a step's items: the first part for the first, and so on."""
+    each = -(-len(items) // ranks)
+    return list(items[rank * each : (rank + 1) * each])
+
+
+def filled_share_of(items: Sequence[T], rank: int, ranks: int, filler: T) -> list[T]:
+    """A rank's part of items, with fillers where the last ones have fewer.
+
+    Under FSDP the ranks compute in step: one with less to do would keep the others waiting.
+    """
+    mine = share_of(items, rank, ranks)
+    return mine + [filler] * (-(-len(items) // ranks) - len(mine))
 
 
 def held_out_sequences(
@@ -261,7 +319,7 @@ def packed_tensors(
     """Rows of examples -> input_ids, labels and sequence_ids, each (rows, row_length) int64.
 
     sequence_ids count 0, 1, 2 ... through a row; the padding at its end is a sequence of its own,
-    without labels.
+    without labels. num_labels is how many labels there are to predict.
     """
     shape = (len(rows), row_length)
     input_ids = torch.full(shape, padding)
@@ -275,7 +333,12 @@ def packed_tensors(
             labels[r, start:end] = torch.from_numpy(example.labels)
             sequence_ids[r, start:end] = number
             start = end
-    return {"input_ids": input_ids, "labels": labels, "sequence_ids": sequence_ids}
+    return {
+        "input_ids": input_ids,
+        "labels": labels,
+        "sequence_ids": sequence_ids,
+        "num_labels": count_labels(labels, sequence_ids),
+    }
 
 
 class PackedBatches:
@@ -296,11 +359,14 @@ class PackedBatches:
         micro_batch: int,
         seed: int,
         state: State | None = None,
+        rank: int = 0,
+        ranks: int = 1,
     ):
         self.examples = examples
         self.row_length = row_length
         self.rows_per_step = rows_per_step
         self.micro_batch = micro_batch
+        self.rank, self.ranks = rank, ranks
         self.plan: list[tuple[float, list[int]]] = []  # epoch and example numbers of every row
         for epoch in range(epochs):
             rows = self._epoch_rows(repeats, f"{seed}/epoch/{epoch}")
@@ -324,20 +390,31 @@ class PackedBatches:
             planned = self.plan[self.row : self.row + self.rows_per_step]
             rows = [[self.examples[i] for i in row] for _, row in planned]
             self.row += len(rows)
-            state = {"row": self.row}
-            yield packed_batch(rows, self.row_length, self.micro_batch, state, planned[-1][0])
+            batch = packed_batch(
+                rows, self.row_length, self.micro_batch, rank=self.rank, ranks=self.ranks
+            )
+            batch.state, batch.epoch = {"row": self.row}, planned[-1][0]
+            yield batch
 
 
 def packed_batch(
     rows: Sequence[Sequence[Example]],
     row_length: int,
     micro_batch: int,
-    state: State,
-    epoch: float = 0.0,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Batch:
-    """One step's rows as micro-batches, weighted by the labelled tokens of all of them."""
-    starts = range(0, len(rows), micro_batch)
-    micro_batches = [packed_tensors(rows[i : i + micro_batch], row_length) for i in starts]
-    labelled = sum(int((micro["labels"] != IGNORE_INDEX).sum()) for micro in micro_batches)
-    tokens = sum(len(example) for row in rows for example in row)
-    return Batch(micro_batches, labelled, tokens, state, epoch)
+    """A rank's share of one step's rows as micro-batches; weight and tokens are the whole step's.
+
+    The weight is the number of labelled tokens.
+    """
+    mine = filled_share_of(rows, rank, ranks, filler=[])
+    starts = range(0, len(mine), micro_batch)
+    examples = [example for row in rows for example in row]
+    return Batch(
+        [packed_tensors(mine[i : i + micro_batch], row_length) for i in starts],
+        weight=sum(int((example.labels[1:] != IGNORE_INDEX).sum()) for example in examples),
+        tokens=sum(map(len, examples)),
+        state={},
+    )

@@ -50,15 +50,23 @@ class DamagedCheckpoint(UserError):
 
 
 def make_checkpoint(
-    model: Transformer, tokenizer: Tokenizer, stage: str, recipe: Mapping[str, Any], **state: Any
+    model: Transformer,
+    tokenizer: Tokenizer,
+    stage: str,
+    recipe: Mapping[str, Any],
+    weights: Mapping[str, Tensor] | None = None,
+    **state: Any,
 ) -> Checkpoint:
-    """Everything that a stage, a chat or an export needs to go on from here."""
+    """Everything that a stage, a chat or an export needs to go on from here.
+
+    `weights` are the model's if it doesn't have all of them itself, shared out over ranks.
+    """
     return {
         "format": FORMAT,
         "stage": stage,
         "recipe": dict(recipe),
         "model_config": asdict(model.config),
-        "model": model.state_dict(),
+        "model": dict(weights if weights is not None else model.state_dict()),
         "tokenizer": tokenizer.to_json(),
         "chat_template": CHAT_TEMPLATE,
         **state,
@@ -409,6 +417,11 @@ def check_same_model(checkpoint: Checkpoint, config: ModelConfig, path: Path) ->
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     return tokenization.from_json(checkpoint["tokenizer"])
+
+
+def exist_in(folder: Path, names: Sequence[str] = ("latest.pt",)) -> bool:
+    """Whether a folder holds anything for `load_newest` to read."""
+    return bool(newest_first(folder, names))
 
 
 def move_aside(path: Path) -> Path | None:

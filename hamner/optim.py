@@ -1,13 +1,19 @@
-"""Optimizers, parameter groups, and learning-rate schedules as pure functions of the step."""
+"""Optimizers, parameter groups, loss scaling, and learning-rate schedules of the step alone."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hamner.recipe import OptimizerPart, SchedulePart
+
+FIRST_SCALE = 2.0**16
+GROWTH_INTERVAL = 2_000  # finite steps after which the loss scale doubles
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: SchedulePart) -> float:
@@ -30,18 +36,142 @@ def learning_rate(step: int, steps: int, peak: float, schedule: SchedulePart) ->
     return peak * (1 - progress * (1 - schedule.floor))
 
 
-def make_optimizer(model: nn.Module, settings: OptimizerPart) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices (embedding included) and none on norms."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, fused=True
-    )
+class Optimizer:
+    """AdamW, or Muon for the layers' matrices with AdamW for the rest, as one.
+
+    Weight decay is for matrices (the embedding is one) and not for norms. Muon (arXiv 2502.16982)
+    scales its updates to the size of AdamW's, so both share learning rate and weight decay.
+    """
+
+    def __init__(self, model: nn.Module, settings: OptimizerPart):
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        matrices = [p for name, p in named if p.dim() == 2 and ".layers." in f".{name}"]
+        for_muon = matrices if settings.kind == "muon" else []
+        theirs = set(map(id, for_muon))
+        rest = [p for _, p in named if id(p) not in theirs]
+        self._adamw = torch.optim.AdamW(
+            [
+                {"params": [p for p in rest if p.dim() > 1], "weight_decay": settings.weight_decay},
+                {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+            ],
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            eps=settings.eps,
+            fused=True,
+        )
+        self._parts: list[torch.optim.Optimizer] = [self._adamw]
+        if for_muon:
+            self._parts.append(
+                torch.optim.Muon(
+                    for_muon,
+                    lr=settings.learning_rate,
+                    momentum=settings.momentum,
+                    weight_decay=settings.weight_decay,
+                    adjust_lr_fn="match_rms_adamw",
+                )
+            )
+        self.parameters = [p for _, p in named]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for part in self._parts for group in part.param_groups]
+
+    def set_learning_rate(self, rate: float) -> None:
+        for group in self.param_groups:
+            group["lr"] = rate
+
+    def zero_grad(self) -> None:
+        for part in self._parts:
+            part.zero_grad(set_to_none=True)
+
+    def step(self, divisor: Tensor | None = None, finite: Tensor | None = None) -> None:
+        """Update with the gradients over `divisor`; not at all if `finite` (0 or 1) says no.
+
+        Both are scalars on the gradients' device. AdamW's fused kernel reads them there, so nothing
+        waits for the device; Muon and other devices' kernels can't, and wait.
+        """
+        if len(self._parts) == 1 and self.parameters[0].device.type in ("cuda", "cpu"):
+            # The two attributes are how torch's own GradScaler talks to the kernel.
+            self._adamw.grad_scale = divisor  # type: ignore[attr-defined]
+            self._adamw.found_inf = None if finite is None else 1 - finite  # type: ignore[attr-defined]
+            self._adamw.step()
+            return
+        if finite is not None and not finite:
+            return
+        if divisor is not None:
+            torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], divisor)
+        for part in self._parts:
+            part.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self._parts]}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Take over the momenta of a saved state; the hyper-parameters stay the recipe's.
+
+        Raises:
+            ValueError: it is the state of another kind of optimizer.
+        """
+        own = self.state_dict()["parts"]
+        theirs = saved.get("parts", [])
+        if _shape(own) != _shape(theirs):
+            raise ValueError("the state of another kind of optimizer")
+        for part, mine, state in zip(self._parts, own, theirs, strict=True):
+            parameters = [p for group in part.param_groups for p in group["params"]]
+            momenta = {
+                number: {key: _placed_like(value, parameters[number]) for key, value in s.items()}
+                for number, s in state["state"].items()
+            }
+            part.load_state_dict({"state": momenta, "param_groups": mine["param_groups"]})
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+def _shape(parts: list[dict[str, Any]]) -> list[list[int]]:
+    return [[len(group["params"]) for group in part["param_groups"]] for part in parts]
+
+
+def _placed_like(value: Any, parameter: Tensor) -> Any:
+    """A momentum laid out over the ranks as its parameter is."""
+    if isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.dim():
+        value = value.to(parameter.device)
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    return value
+
+
+def make_optimizer(model: nn.Module, settings: OptimizerPart) -> Optimizer:
+    return Optimizer(model, settings)
+
+
+def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
+    """Global 2-norm of the gradients, over all ranks that hold a part of them; a scalar."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+class LossScale:
+    """The factor that keeps fp16's small gradients from vanishing; 1 where it isn't needed.
+
+    It halves after a step whose gradients weren't finite and doubles after 2,000 that were, as
+    torch's GradScaler does, but goes by the norm over all ranks and never leaves the device.
+    """
+
+    def __init__(self, device: torch.device, *, enabled: bool):
+        self.enabled = enabled
+        self.scale = torch.tensor(FIRST_SCALE if enabled else 1.0, device=device)
+        self._growth = torch.zeros((), dtype=torch.int32, device=device)
+
+    def update(self, finite: Tensor) -> None:
+        """`finite`: whether the step's gradients were, 0 or 1."""
+        if self.enabled:
+            torch._amp_update_scale_(
+                self.scale, self._growth, 1 - finite, 2.0, 0.5, GROWTH_INTERVAL
+            )
+
+    def state_dict(self) -> dict[str, float]:
+        if not self.enabled:
+            return {}
+        return {"scale": float(self.scale), "finite_steps": int(self._growth)}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        if self.enabled and state:
+            self.scale.fill_(state["scale"])
+            self._growth.fill_(int(state["finite_steps"]))

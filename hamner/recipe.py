@@ -26,6 +26,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
+Switch = Literal["auto", True, False]  # no union: of that each part complains on its own
 
 
 class Part(BaseModel):
@@ -120,11 +121,15 @@ AnySource = Annotated[
 
 
 class OptimizerPart(Part):
+    """AdamW's numbers, and the momentum of Muon, which takes the other three from AdamW."""
+
+    kind: Literal["adamw", "muon"] = "adamw"
     learning_rate: Positive
     betas: tuple[Fraction, Fraction]
     eps: Positive
     weight_decay: Annotated[float, Field(ge=0)]  # on matrices only
     clip: Positive  # global gradient norm
+    momentum: Fraction = 0.95  # muon only
 
 
 class SchedulePart(Part):
@@ -220,10 +225,19 @@ class SFTStage(EpochStage):
 class DPOStage(EpochStage):
     pairs_per_step: Count
     max_pairs: Count
+    loss: Literal["sigmoid", "ipo"]
     beta: Positive
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)]  # sigmoid only: share of wrong labels
+    sft_weight: Annotated[float, Field(ge=0)]  # of the chosen answers' loss per token; 0 is off
     train: str  # names of the recipe's sources
     validation: str
     validation_pairs: Count
+
+    @model_validator(mode="after")
+    def _smoothing_has_a_use(self) -> DPOStage:
+        if self.loss == "ipo" and self.label_smoothing:
+            raise ValueError("label_smoothing goes with loss: sigmoid; set it to 0 for loss: ipo")
+        return self
 
 
 class Recipe(Part):
@@ -233,9 +247,11 @@ class Recipe(Part):
     seed: Whole
     model: ModelPart
     tokenizer: TokenizerPart
-    precision: Literal["fp16", "bf16", "fp32"]
-    compile: bool
-    gradient_checkpointing: bool
+    precision: Literal["auto", "fp16", "bf16", "fp32"]
+    compile: Switch
+    gradient_checkpointing: Switch
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # how several GPUs share a model; see the README
+    lanes: Count = 1  # each source is dealt into so many parts, for GPUs to share out
     data_dir: str = "."
     mirror: str | None = None  # folder with copies of hub data sets, as owner/name/files
     token_cache: str | None = None  # folder that keeps what was tokenised, for the next run
@@ -252,7 +268,7 @@ class Recipe(Part):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
-        problems = [*self._unknown_sources(), *self._long_sequences()]
+        problems = [*self._unknown_sources(), *self._long_sequences(), *self._uneven_lanes()]
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -282,6 +298,13 @@ class Recipe(Part):
             f"model.max_position_embeddings ({limit})"
             for stage in STAGES
             if self.stage(stage).sequence_length > limit
+        ]
+
+    def _uneven_lanes(self) -> list[str]:
+        return [
+            f"{stage}.sequences_per_step ({each}) must be a multiple of lanes ({self.lanes})"
+            for stage in ("base", "anneal", "chat")
+            if (each := self.stage(stage).sequences_per_step) % self.lanes  # type: ignore[attr-defined]
         ]
 
     def stage(self, name: str) -> StagePart:

@@ -322,6 +322,8 @@ class DocumentStream:
     goes on from there with the same documents. A block is read ahead, ordered by the seed, and
     handed out; after a resume it is read again and what was handed out is passed over. `number`
     counts the documents since the beginning, over all epochs.
+
+    Of several `lanes` a stream has the documents of one; a hash of the text deals them out.
     """
 
     name: str
@@ -330,6 +332,8 @@ class DocumentStream:
     seed: int
     held_out_fraction: float
     held_out: bool = False
+    lane: int = 0
+    lanes: int = 1
     state: State = field(
         default_factory=lambda: {
             "epoch": 0, "position": None, "block": 0, "document": 0, "number": 0,
@@ -340,9 +344,10 @@ class DocumentStream:
         while True:
             yield from self.one_epoch()
             if self.state["block"] == 0:
+                where = f" in lane {self.lane} of {self.lanes}" if self.lanes > 1 else ""
                 raise UserError(
                     f"source {self.name!r} is empty: no {'held-out ' * self.held_out}document with "
-                    f"at least {self.spec.min_characters} characters"
+                    f"at least {self.spec.min_characters} characters{where}"
                 )
             again = {"position": None, "block": 0, "document": 0}
             self.state = {**self.state, **again, "epoch": self.state["epoch"] + 1}
@@ -401,11 +406,16 @@ class DocumentStream:
             document = document.strip()
         if size_of(document) < max(1, self.spec.min_characters):
             return None
-        return document if is_held_out(document, self.held_out_fraction) == self.held_out else None
+        fraction = hashed_fraction(fingerprint(document))
+        if (fraction < self.held_out_fraction) != self.held_out:
+            return None
+        return document if int(fraction * 2**40) % self.lanes == self.lane else None
 
 
-def open_stream(name: str, recipe: Recipe, *, held_out: bool = False) -> DocumentStream:
-    """Documents of the recipe's source `name`, from the beginning."""
+def open_stream(
+    name: str, recipe: Recipe, *, held_out: bool = False, lane: int = 0, lanes: int = 1
+) -> DocumentStream:
+    """Documents of the recipe's source `name` (those of one lane), from the beginning."""
     return DocumentStream(
         name=name,
         source=open_source(name, recipe),
@@ -413,6 +423,8 @@ def open_stream(name: str, recipe: Recipe, *, held_out: bool = False) -> Documen
         seed=recipe.seed,
         held_out_fraction=recipe.held_out_fraction,
         held_out=held_out,
+        lane=lane,
+        lanes=lanes,
     )
 
 

@@ -18,14 +18,16 @@ from hamner.batches import (
     MixedBatches,
     TokenStream,
     held_out_sequences,
+    lanes_of,
 )
 from hamner.errors import UserError
-from hamner.plan import print_plan
+from hamner.machine import Machine, free_memory, join, leave, pick_device
+from hamner.plan import fits_without_checkpointing, print_plan
 from hamner.recipe import STAGES, DPOStage, HubSource, Recipe, SFTStage, StreamStage, load_recipe
 from hamner.sources import DocumentStream, open_stream, source_problems
 from hamner.token_cache import TokenCache
 from hamner.tokenization import Tokenizer
-from hamner.training import Task, Trainer, Validation, language_modelling, pick_device
+from hamner.training import Task, Trainer, Validation, language_modelling
 from model import Transformer
 
 BEFORE = {"anneal": "base", "chat": "anneal", "sft": "chat", "dpo": "sft"}
@@ -53,7 +55,11 @@ def stage_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", type=Path, help="start from this file")
     parser.add_argument("--steps", type=int, help="stop after so many steps in all")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    parser.add_argument("--plan", action="store_true", help="print what a run would take, and stop")
+    parser.add_argument(
+        "--plan", nargs="?", const="here", metavar="GPU",
+        help="print what a run would take, here or on a GPU such as rtx3090 or h100, and stop",
+    )  # fmt: skip
+    parser.add_argument("--gpus", type=int, metavar="N", help="with --plan GPU: on so many of them")
     return parser
 
 
@@ -71,7 +77,7 @@ class Start:
     stage: str
     recipe: Recipe
     recipe_name: str  # as it was typed: a name or a path
-    device: torch.device
+    machine: Machine
     model: Transformer
     tokenizer: Tokenizer
     resume: checkpoints.Checkpoint | None  # a checkpoint of this very stage
@@ -83,13 +89,22 @@ class Start:
 
         An earlier run is moved aside only here, when all that a new one needs has been found.
         """
-        if self.fresh:
+        self.machine.wait_for_all()
+        if self.fresh and self.machine.leads:
             set_aside(self.stage, self.recipe)
         trainer = Trainer(
-            task, self.recipe, self.model, self.tokenizer, self.device, self.resume, inherit
+            task, self.recipe, self.model, self.tokenizer, self.machine, self.resume, inherit
         )
         self.resume = self.previous = None  # gigabytes that nobody needs any more
-        return trainer.run()
+        code = trainer.run()
+        self.machine.wait_for_all()
+        del trainer  # what averages its gradients has to go before what it talks through
+        leave()
+        return code
+
+    @property
+    def device(self) -> torch.device:
+        return self.machine.device
 
 
 def open_stage(stage: str, arguments: argparse.Namespace) -> Start | None:
@@ -103,17 +118,21 @@ def open_stage(stage: str, arguments: argparse.Namespace) -> Start | None:
     """
     recipe = stage_recipe(arguments, stage)
     device = pick_device(arguments.device)
-    if arguments.plan:
-        print_plan(recipe, stage, device)
+    if arguments.plan is not None:
+        print_plan(recipe, stage, device, arguments.plan, arguments.gpus)
         return None
-    path = find_checkpoint(stage, recipe, arguments)
-    loaded = checkpoints.load(path) if path else None
-    check_needs(stage, recipe, new=loaded is None)
+    if arguments.gpus is not None:
+        raise UserError("--gpus goes with --plan; to train on several, start with torchrun")
+    machine = join(arguments.device)
+    recipe = resolved(recipe, stage, machine)
+    path, loaded = open_checkpoint(stage, recipe, arguments)
+    machine.from_leader(lambda: check_needs(stage, recipe, new=loaded is None))
     if loaded is not None and path is not None:
         checkpoints.check_same_model(loaded, recipe.model.config(), path)
         tokenizer, model = checkpoints.load_tokenizer(loaded), checkpoints.load_model(loaded, path)
     else:
-        tokenizer, model = open_tokenizer(recipe), new_model(recipe)
+        made = machine.from_leader(lambda: open_tokenizer(recipe).to_json())
+        tokenizer, model = tokenization.from_json(made), new_model(recipe)
     check_vocabulary(tokenizer, recipe)
     own = loaded is not None and loaded["stage"] == stage
     if loaded is not None and own and "optimizer" not in loaded:
@@ -121,11 +140,40 @@ def open_stage(stage: str, arguments: argparse.Namespace) -> Start | None:
             f"{path} holds weights only and can't be continued: name latest.pt or a step file of "
             "its folder"
         )
-    describe_start(stage, recipe, path, loaded, device)
+    describe_start(stage, recipe, path, loaded, machine)
     resume, previous = (loaded, None) if own else (None, loaded)
     name: str = arguments.recipe
     fresh: bool = arguments.fresh
-    return Start(stage, recipe, name, device, model, tokenizer, resume, previous, fresh)
+    return Start(stage, recipe, name, machine, model, tokenizer, resume, previous, fresh)
+
+
+def resolved(recipe: Recipe, stage: str, machine: Machine) -> Recipe:
+    """The recipe with every `auto` decided for this machine.
+
+    fp16 and compiling pay on a GPU; on a CPU both cost more than they bring: see
+    benchmarks/RESULTS.md. Activations are recomputed only where the memory doesn't hold them.
+
+    Raises:
+        UserError: the ranks can't share a step of this stage evenly.
+    """
+    part, ranks, on_gpu = recipe.stage(stage), machine.ranks, machine.device.type == "cuda"
+    key = "pairs_per_step" if isinstance(part, DPOStage) else "sequences_per_step"
+    if (each := getattr(part, key)) % ranks:
+        raise UserError(
+            f"{stage}.{key} ({each}) must be a multiple of the number of processes ({ranks}): "
+            f"start fewer, or --set {stage}.{key}=..."
+        )
+    changes: dict[str, Any] = {}
+    if recipe.precision == "auto":
+        changes["precision"] = "fp16" if on_gpu else "fp32"
+    if recipe.compile == "auto":
+        changes["compile"] = on_gpu
+    recipe = recipe.model_copy(update=changes)
+    if recipe.gradient_checkpointing == "auto":
+        free = free_memory(machine.device)
+        fits = fits_without_checkpointing(recipe, stage, free, machine.device.type, ranks)
+        recipe = recipe.model_copy(update={"gradient_checkpointing": not fits})
+    return recipe
 
 
 def check_needs(stage: str, recipe: Recipe, *, new: bool) -> None:
@@ -172,26 +220,34 @@ def tokenizer_problems(recipe: Recipe) -> list[str]:
     return []
 
 
-def find_checkpoint(stage: str, recipe: Recipe, arguments: argparse.Namespace) -> Path | None:
-    """The checkpoint that a stage starts from; None for the base stage's beginning."""
-    own = recipe.folder(stage) / "latest.pt"
+def open_checkpoint(
+    stage: str, recipe: Recipe, arguments: argparse.Namespace
+) -> tuple[Path | None, checkpoints.Checkpoint | None]:
+    """The checkpoint that a stage starts from, and its path; none for the base stage's beginning.
+
+    Instead of a damaged one it is the newest good one beside it.
+
+    Raises:
+        UserError: there is none, or none that is good.
+    """
+    own, fresh = recipe.folder(stage), arguments.fresh
     if arguments.checkpoint is not None:
         given: Path = arguments.checkpoint
-        if own.exists() and not arguments.fresh and checkpoints.load(given)["stage"] != stage:
+        loaded = checkpoints.load(given)
+        if checkpoints.exist_in(own) and not fresh and loaded["stage"] != stage:
             raise UserError(
-                f"{own.parent} already holds a run: add --fresh to begin anew from {given} (the "
+                f"{own} already holds a run: add --fresh to begin anew from {given} (the "
                 "old run is moved aside), or leave --checkpoint away to continue it"
             )
-        return given
-    if own.exists() and not arguments.fresh:
-        return own
+        return given, loaded
+    if checkpoints.exist_in(own) and not fresh:
+        return checkpoints.load_newest(own)
     before = BEFORE.get(stage)
     if before is None:
-        return None
-    for name in ("best.pt", "latest.pt"):
-        path = recipe.folder(before) / name
-        if path.exists():
-            return path
+        return None, None
+    names = ("best.pt", "latest.pt")
+    if checkpoints.exist_in(recipe.folder(before), names):
+        return checkpoints.load_newest(recipe.folder(before), names)
     raise UserError(
         f"stage {stage} starts from a checkpoint of stage {before}, and there is none in "
         f"{recipe.folder(before)}: run `{command(before, arguments.recipe)}` first, or name "
@@ -209,7 +265,7 @@ def describe_start(
     recipe: Recipe,
     path: Path | None,
     loaded: checkpoints.Checkpoint | None,
-    device: torch.device,
+    machine: Machine,
 ) -> None:
     size = recipe.model.config().num_parameters()
     begin = "from nothing"
@@ -219,8 +275,12 @@ def describe_start(
         unfinished = loaded["step"] < loaded["steps"] and not position["stopped_early"]
         if loaded["stage"] != stage and unfinished and path is not None and path.stem != "best":
             begin += f"; note that it was to have {loaded['steps']:,} steps"
-    print(f"{stage}: {size:,} parameters on {device}, {recipe.precision}, {begin}", flush=True)
-    if recipe.precision == "fp16" and device.type == "cpu":
+    where = f"{machine.ranks} x {machine.device.type}, {recipe.parallel}"
+    how = [str(machine.device) if machine.ranks == 1 else where, recipe.precision]
+    how += ["compiled"] if recipe.compile else []
+    how += ["activations recomputed"] if recipe.gradient_checkpointing else []
+    print(f"{stage}: {size:,} parameters on {', '.join(how)}, {begin}", flush=True)
+    if recipe.precision == "fp16" and machine.device.type == "cpu":
         print("fp16 is slow on a CPU; --set precision=fp32 is the faster choice", flush=True)
 
 
@@ -286,27 +346,16 @@ def stream_task(start: Start) -> Task:
 
     Every stream goes on where the stage before left it, so that no document is read twice.
     """
-    recipe, tokenizer = start.recipe, start.tokenizer
+    recipe, machine = start.recipe, start.machine
     settings = recipe.stage(start.stage)
     assert isinstance(settings, StreamStage)
     before = (start.previous or {}).get("data") or {}
 
     def batches(state: dict[str, Any] | None) -> MixedBatches:
-        places = (state or before).get("sources", {})
-        return MixedBatches(
-            {
-                source.name: open_tokens(source.name, recipe, tokenizer, places.get(source.name))
-                for source in settings.sources
-            },
-            {source.name: source.weight for source in settings.sources},
-            sequence_length=settings.sequence_length,
-            sequences_per_step=settings.sequences_per_step,
-            micro_batch=settings.micro_batch,
-            drawn=(state or {}).get("drawn"),
-        )
+        return open_mix(start, settings, (state or before).get("sources", {}), state)
 
     kept = (start.resume or {}).get("extra", {}).get("held_out", {})
-    held_out = held_out_tokens(recipe, settings, tokenizer, kept)
+    held_out = machine.from_leader(lambda: held_out_tokens(recipe, settings, start.tokenizer, kept))
     return Task(
         stage=start.stage,
         batches=batches,
@@ -318,12 +367,48 @@ def stream_task(start: Start) -> Task:
     )
 
 
+def open_mix(
+    start: Start, settings: StreamStage, places: dict[str, Any], state: dict[str, Any] | None
+) -> MixedBatches:
+    """The mix of a stage from `places` on, and from `state`, in which this stage was left, if any.
+
+    Raises:
+        UserError: the sources were dealt into another number of lanes.
+    """
+    recipe, machine = start.recipe, start.machine
+    for name in (source.name for source in settings.sources):
+        if name in places and len(places[name]) != recipe.lanes:
+            raise UserError(
+                f"source {name!r} was dealt into {len(places[name])} lane(s) so far, and the "
+                f"recipe says lanes: {recipe.lanes}: put the old number back, so that no document "
+                "is read twice, or begin anew with --fresh"
+            )
+    lanes = lanes_of(machine.rank, machine.ranks, recipe.lanes, settings.sequences_per_step)
+    return MixedBatches(
+        {
+            name: {
+                lane: open_tokens(name, recipe, start.tokenizer, place.get(lane), lane)
+                for lane in lanes
+            }
+            for name, place in ((s.name, places.get(s.name, {})) for s in settings.sources)
+        },
+        {source.name: source.weight for source in settings.sources},
+        sequence_length=settings.sequence_length,
+        sequences_per_step=settings.sequences_per_step,
+        micro_batch=settings.micro_batch,
+        drawn=(state or {}).get("drawn"),
+        lanes=recipe.lanes,
+        rank=machine.rank,
+        ranks=machine.ranks,
+    )
+
+
 def open_tokens(
-    name: str, recipe: Recipe, tokenizer: Tokenizer, place: dict[str, Any] | None
+    name: str, recipe: Recipe, tokenizer: Tokenizer, place: dict[str, Any] | None, lane: int = 0
 ) -> TokenStream:
-    """The tokens of a source from a place on, made ready in the background."""
+    """The tokens of a lane of a source from a place on, made ready in the background."""
     cache = TokenCache(Path(recipe.token_cache)) if recipe.token_cache else None
-    documents = open_stream(name, recipe)
+    documents = open_stream(name, recipe, lane=lane, lanes=recipe.lanes)
     return TokenStream(documents, tokenizer, place, read_ahead=recipe.read_ahead, cache=cache)
 
 

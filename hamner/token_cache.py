@@ -90,6 +90,7 @@ def fingerprint(documents: DocumentStream, tokenizer: Tokenizer, identity: Any) 
         "spec": documents.spec.model_dump(mode="json"),
         "seed": documents.seed,
         "held_out": [documents.held_out_fraction, documents.held_out],
+        "lane": [documents.lane, documents.lanes],
     }
     return hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=8).hexdigest()
 

@@ -16,12 +16,7 @@ import torch
 from tqdm import tqdm
 
 from hamner.files import write_text_whole
-
-# Dense fp16/bf16 tensor-core peaks in FLOP/s, from the makers' data sheets (fp32 accumulation).
-PEAK_FLOPS = {
-    "RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 210e12, "A100": 312e12,
-    "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12,
-}  # fmt: skip
+from hamner.gpus import gpu_of_driver
 
 
 def now() -> str:
@@ -90,10 +85,10 @@ class SamplesJSONL:
 class Progress:
     """A bar on a terminal; a line now and then where there is none."""
 
-    def __init__(self, label: str, step: int, steps: int):
+    def __init__(self, label: str, step: int, steps: int, *, shown: bool = True):
         self._bar = tqdm(
             total=steps, initial=step, desc=label, unit="step", dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+            disable=not (shown and sys.stderr.isatty()),
         )  # fmt: skip
         self._label, self._step, self._steps = label, step, steps
 
@@ -142,8 +137,8 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type == "cpu":
         return _measured_matmul_flops()
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+        gpu = gpu_of_driver(torch.cuda.get_device_name(device))
+        return gpu.flops if gpu else None
     return None
 
 

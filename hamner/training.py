@@ -8,9 +8,7 @@ resuming and signals.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import math
-import shutil
 import signal
 import time
 import types
@@ -20,42 +18,58 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
 
 from hamner import checkpoints
-from hamner.batches import Batch, MicroBatch
+from hamner.batches import Batch, MicroBatch, merged_states, on_device
 from hamner.errors import UserError
 from hamner.generation import Sampling, generate_text
-from hamner.optim import learning_rate, make_optimizer, set_learning_rate
+from hamner.machine import (
+    Machine,
+    autocast,
+    prepare_model,
+    whole,
+    whole_weights,
+    without_averaging,
+)
+from hamner.optim import LossScale, gradient_norm, learning_rate, make_optimizer
 from hamner.prefetching import Prefetched
 from hamner.recipe import Recipe, StagePart
+from hamner.saving import Saver
+from hamner.step_records import Health, StepRecords, means
 from hamner.tokenization import Tokenizer
 from hamner.tracking import MetricsCSV, Progress, SamplesJSONL, Stopwatch, now, peak_flops
 from model import Transformer
 
-PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 COLUMNS = (
     "timestamp", "step", "epoch", "loss", "perplexity", "learning_rate", "grad_norm",
-    "skipped_steps", "loss_scale", "tokens_per_sec", "mfu", "data_wait", "tokens_total",
+    "skipped_steps", "spikes", "loss_scale", "tokens_per_sec", "mfu", "data_wait", "tokens_total",
     "elapsed_hours", "val_loss",
 )  # fmt: skip
 SANITY_BATCHES = 2  # validation micro-batches before the first step
 EAGER = contextlib.nullcontext()
-MAX_SKIPPED = 100  # steps in a row without a finite gradient before the run gives up
+READ_EVERY = 50  # steps, at most, between two looks at what the device has to tell
+# What a rank tells the others before each step; the worst of them holds for all.
+GO_ON, STOP, SOURCE_FAILED, SAVE_FAILED = range(4)
 
 
 class LossFunction(Protocol):
-    def __call__(self, model: Transformer, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Summed loss of a micro-batch, and further sums to be logged as means."""
 
 
-def language_modelling(model: Transformer, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+def language_modelling(model: nn.Module, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy summed over the labelled tokens; without labels every token is one."""
     input_ids = batch["input_ids"]
-    labels = batch.get("labels", input_ids)
-    out = model(input_ids, labels, sequence_ids=batch.get("sequence_ids"), reduction="sum")
-    assert out.loss is not None
+    if "labels" not in batch:
+        return model(input_ids, input_ids, reduction="sum").loss, {}
+    out = model(
+        input_ids,
+        batch["labels"],
+        sequence_ids=batch["sequence_ids"],
+        num_labels=batch["num_labels"],
+        reduction="sum",
+    )
     return out.loss, {}
 
 
@@ -85,78 +99,18 @@ class Task:
 
 @dataclass
 class Position:
-    """How far a run has come; the part of its state that is plain numbers."""
+    """How far a run has come, and how it fares; the part of its state that is plain numbers."""
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    skipped: int = 0
+    skipped: int = 0  # steps whose loss or gradient wasn't finite
+    skipped_in_a_row: int = 0
+    spikes: int = 0
+    recent: list[float] = field(default_factory=list)  # losses that the next one is compared with
     best: float = math.inf  # lowest validation loss so far
     since_best: int = 0  # validations since then
     stopped_early: bool = False  # patience ran out, or the epochs did
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is cuda if there is one, then mps, then cpu.
-
-    Raises:
-        UserError: a device that this machine hasn't got.
-    """
-    available = {"cpu": True, "mps": torch.backends.mps.is_available()}
-    available["cuda"] = torch.cuda.is_available()
-    if name == "auto":
-        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: give auto, cuda, cuda:1, mps or cpu") from None
-    count = torch.cuda.device_count() if device.type == "cuda" else 1
-    if not available.get(device.type, False) or (device.index or 0) >= count:
-        raise UserError(f"--device {name}: there is no such device here; leave it to auto")
-    return device
-
-
-def why_not_compile(device: torch.device) -> str | None:
-    """The reason why torch.compile can't work here; None if it can."""
-    if device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
-        return "no C++ compiler"
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        return "no triton"
-    return "not supported on mps" if device.type == "mps" else None
-
-
-def prepare_model(model: Transformer, recipe: Recipe, device: torch.device) -> None:
-    """Move the model to its device and apply activation checkpointing and compilation, by block.
-
-    Parameter names stay what they are, so checkpoints know nothing of it.
-    """
-    model.to(device)
-    for layer in model.model.layers:
-        if recipe.gradient_checkpointing:
-            layer.forward = recomputing(layer.forward)
-    if not recipe.compile:
-        return
-    reason = why_not_compile(device)
-    if reason:
-        print(f"not compiled: {reason}")
-        return
-    for layer in model.model.layers:
-        layer.compile()
-
-
-def recomputing(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A forward that keeps its inputs alone and runs again in the backward pass."""
-
-    def recomputed(*inputs: Any) -> Tensor:  # a function of ours, so that it can be compiled
-        return checkpoint(forward, *inputs, use_reentrant=False)
-
-    return recomputed
-
-
-def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, PRECISIONS[precision])
 
 
 Sums = dict[str, Tensor]
@@ -167,6 +121,29 @@ def add(sums: Sums, values: Mapping[str, Tensor]) -> None:
     for key, value in values.items():
         value = value.detach().float()
         sums[key] = sums[key] + value if key in sums else value
+
+
+class PinnedBatches:
+    """The same batches, in page-locked memory: a GPU fetches them while it computes."""
+
+    def __init__(self, batches: Iterator[Batch]):
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self._batches)
+        for micro_batch in batch.micro_batches:
+            for key, value in micro_batch.items():
+                if isinstance(value, Tensor):
+                    micro_batch[key] = value.pin_memory()
+        return batch
+
+    def close(self) -> None:
+        close = getattr(self._batches, "close", None)
+        if close is not None and not isinstance(self._batches, types.GeneratorType):
+            close()
 
 
 class Interrupt:
@@ -200,7 +177,7 @@ class Trainer:
         recipe: Recipe,
         model: Transformer,
         tokenizer: Tokenizer,
-        device: torch.device,
+        machine: Machine,
         resume: checkpoints.Checkpoint | None = None,
         inherit: Mapping[str, Any] | None = None,
     ):
@@ -209,20 +186,23 @@ class Trainer:
             resume: a checkpoint of this stage to go on from, model already loaded.
             inherit: optimizer and scaler of the stage before, where this one continues them.
         """
-        self.task, self.recipe, self.tokenizer, self.device = task, recipe, tokenizer, device
+        self.task, self.recipe, self.tokenizer, self.machine = task, recipe, tokenizer, machine
         self.settings: StagePart = recipe.stage(task.stage)
-        self.model = model
-        prepare_model(model, recipe, device)
-        self.autocast = autocast(recipe.precision, device)
+        self.model, self.device = model, machine.device
+        self.for_loss = prepare_model(model, recipe, machine)  # its gradients cover all ranks
+        self.autocast = autocast(recipe.precision, self.device)
         self.optimizer = make_optimizer(model, self.settings.optimizer)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
+        self.scale = LossScale(self.device, enabled=recipe.precision == "fp16")
+        self.saver = Saver()
         self.position = Position()
         self.data: dict[str, Any] | None = None
         self._load_state(resume, inherit)
         self._flops = model.config.flops_per_token(self.settings.sequence_length)
-        self._peak = peak_flops(device)
-        self._sums: Sums = {}
-        self._sum_steps = self._sum_tokens = self._skipped_in_a_row = 0
+        self._peak = peak_flops(self.device)
+        self._records = StepRecords(machine)
+        self._health = Health(task.stage, self.position)
+        self._since_row: list[dict[str, float]] = []  # records of the steps since the last row
+        self._tokens_since_row = 0
         self._waited = 0.0  # seconds spent waiting for batches since the last row
 
     # ------------------------------------------------------------------ state
@@ -232,9 +212,7 @@ class Trainer:
     ) -> None:
         state = resume if resume is not None else inherit
         if state is not None:
-            self.optimizer.load_state_dict(self._with_own_settings(state["optimizer"]))
-            if self.scaler.is_enabled() and state["scaler"]:
-                self.scaler.load_state_dict(state["scaler"])
+            self._load_optimizer(state, resumed=resume is not None)
         if resume is not None:
             self.position = Position(**resume["position"])
             self.data = resume["data"]
@@ -242,29 +220,35 @@ class Trainer:
             if self.device.type == "cuda" and resume["rng"]["cuda"] is not None:
                 torch.cuda.set_rng_state(resume["rng"]["cuda"], self.device)
 
-    def _with_own_settings(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """A saved optimizer state whose hyper-parameters are this recipe's, not the saved ones."""
-        groups = [
-            {**own, "params": saved["params"]}
-            for own, saved in zip(
-                self.optimizer.state_dict()["param_groups"], state["param_groups"], strict=True
-            )
-        ]
-        return {"state": state["state"], "param_groups": groups}
+    def _load_optimizer(self, state: Mapping[str, Any], *, resumed: bool) -> None:
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except ValueError:
+            kind = self.settings.optimizer.kind
+            if resumed:
+                raise UserError(
+                    f"{self.folder}: this run began with another optimizer than the recipe's "
+                    f"{kind}: put the old one back, or begin anew with --fresh"
+                ) from None
+            print(f"{self.task.stage}: begins with fresh momenta, as its optimizer is {kind} now")
+        self.scale.load_state_dict(state["scaler"])
 
     def _checkpoint(self) -> checkpoints.Checkpoint:
+        """The run as it stands; every rank has to call this."""
+        self._read_records()
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         return checkpoints.make_checkpoint(
             self.model,
             self.tokenizer,
             self.task.stage,
             self.recipe.model_dump(mode="json"),
+            weights=whole_weights(self.model, keep=self.machine.leads),
             step=self.position.step,
             steps=self.task.steps,
             position=dict(vars(self.position)),
-            optimizer=self.optimizer.state_dict(),
-            scaler=self.scaler.state_dict(),
-            data=self.data,
+            optimizer=whole(self.optimizer.state_dict(), keep=self.machine.leads),
+            scaler=self.scale.state_dict(),
+            data=merged_states(self.machine.gathered(self.data)),
             rng={"torch": torch.get_rng_state(), "cuda": cuda},
             extra=self.task.extra,
         )
@@ -274,8 +258,10 @@ class Trainer:
         return self.recipe.folder(self.task.stage)
 
     def _save(self) -> None:
-        checkpoints.save_step(self.folder, self._checkpoint(), self.settings.checkpoint)
+        checkpoint = self._checkpoint()
         self._saved_step = self.position.step
+        if self.machine.leads:
+            self.saver.save(self.folder, checkpoint, self.settings.checkpoint)
 
     # ------------------------------------------------------------------ the loop
 
@@ -293,48 +279,67 @@ class Trainer:
         if task.validation:
             self._validate(limit=SANITY_BATCHES)  # better to fail now than hours later
         self._saved_step = position.step
-        self.progress = Progress(task.stage, position.step, task.steps)
+        self.progress = Progress(task.stage, position.step, task.steps, shown=self.machine.leads)
         self.model.train()
-        batches = Prefetched(task.batches(self.data))
+        batches = Prefetched(self._ready(task.batches(self.data)))
         with (
             Interrupt() as interrupt,
             contextlib.closing(batches),
             contextlib.closing(self.progress),
         ):
-            batch = self._next(batches, interrupt)
-            self.watch = Stopwatch()  # the sources took their time to begin; the clock waited
-            self._waited = 0.0
-            while batch is not None:
-                self._step(batch)
-                self._after_step(batch)
-                if position.step >= task.steps or position.stopped_early:
-                    break
-                batch = self._next(batches, interrupt)
-        if batch is None and not interrupt.requested:
-            position.stopped_early = True  # with other batch sizes than before, the data end sooner
-            self._save()
+            self._train(batches, interrupt)
         return self._finish()
 
+    def _train(self, batches: Prefetched[Batch], interrupt: Interrupt) -> None:
+        batch = self._next(batches, interrupt)
+        self.watch = Stopwatch()  # the sources took their time to begin; the clock waited
+        self._waited = 0.0
+        while batch is not None:
+            self._step(batch)
+            self._after_step(batch)
+            if self.position.step >= self.task.steps or self.position.stopped_early:
+                return
+            batch = self._next(batches, interrupt)
+        if not self.machine.highest(interrupt.requested):
+            # With other batch sizes than before, the data end sooner.
+            self.position.stopped_early = True
+            self._saved_step = -1
+
+    def _ready(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches, in memory that a GPU can read by itself; made so in the background."""
+        if self.device.type != "cuda":
+            return batches
+        return PinnedBatches(batches)
+
     def _next(self, batches: Prefetched[Batch], interrupt: Interrupt) -> Batch | None:
-        """The next batch; None if there is none or the run is to stop.
+        """The next batch; None if there is none, or the run is to stop, on this rank or another.
 
         Raises:
-            UserError: a source can't go on. What has been learnt is saved first.
+            UserError: a source can't go on (what has been learnt is saved first), or a checkpoint
+                couldn't be written.
         """
-        begin = time.perf_counter()
-        while not interrupt.requested:
-            if batches.wait(0.2):  # so that a stop is heeded while the network is down
-                break
-        else:
-            return None
+        begin, batch, error, code = time.perf_counter(), None, None, SAVE_FAILED
         try:
-            return next(batches, None)
-        except UserError:
-            if self._saved_step != self.position.step:
-                self._save()
-            raise
-        finally:
-            self._waited += time.perf_counter() - begin
+            self.saver.check()
+            code = SOURCE_FAILED
+            batch = self._wait_for(batches, interrupt)
+            code = STOP if batch is None else GO_ON
+        except UserError as caught:
+            error = caught
+        code = self.machine.highest(code)
+        self._waited += time.perf_counter() - begin
+        if code == SOURCE_FAILED and self._saved_step != self.position.step:
+            self._save()
+            self.saver.wait()
+        if code in (SOURCE_FAILED, SAVE_FAILED):
+            raise error or UserError(f"rank {self.machine.rank} stopped: another can't go on")
+        return batch if code == GO_ON else None
+
+    def _wait_for(self, batches: Prefetched[Batch], interrupt: Interrupt) -> Batch | None:
+        while not batches.wait(0.2):  # so that a stop is heeded while the network is down
+            if interrupt.requested:
+                return None
+        return None if interrupt.requested else next(batches, None)
 
     def _open_logs(self) -> None:
         columns = [*COLUMNS, *self.task.metrics]
@@ -342,55 +347,41 @@ class Trainer:
             columns += [f"val_{name}"] if len(self.task.validation) > 1 else []
         columns += [f"val_{name}" for name in self.task.metrics]
         step = self.position.step
-        self.csv = MetricsCSV(self.recipe.log(self.task.stage, "metrics.csv"), columns, step)
-        self.samples = SamplesJSONL(self.recipe.log(self.task.stage, "samples.jsonl"), step)
+        if self.machine.leads:
+            self.csv = MetricsCSV(self.recipe.log(self.task.stage, "metrics.csv"), columns, step)
+            self.samples = SamplesJSONL(self.recipe.log(self.task.stage, "samples.jsonl"), step)
 
     def _step(self, batch: Batch) -> None:
-        """One optimizer step: forward and backward of every micro-batch, clip, update."""
-        self.rate = learning_rate(
-            self.position.step,
-            self.task.steps,
-            self.settings.optimizer.learning_rate,
-            self.settings.schedule,
-        )
-        set_learning_rate(self.optimizer, self.rate)
+        """One optimizer step: forward and backward of every micro-batch, clip, update.
+
+        Nothing in here waits for the device.
+        """
+        steps, settings = self.task.steps, self.settings
+        peak = settings.optimizer.learning_rate
+        self.rate = learning_rate(self.position.step, steps, peak, settings.schedule)
+        self.optimizer.set_learning_rate(self.rate)
         sums: Sums = {}
-        for micro_batch in batch.micro_batches:
-            with self.autocast:
-                loss, metrics = self.task.loss(self.model, self._on_device(micro_batch))
-                mean = loss / batch.weight
-            self.scaler.scale(mean).backward()
-            add(sums, {"loss": mean, **{k: v / batch.weight for k, v in metrics.items()}})
-        self.scaler.unscale_(self.optimizer)
-        clip = self.settings.optimizer.clip
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
-        finite = bool(self.grad_norm.isfinite())
-        if finite:
-            add(self._sums, sums)
-            self._sum_steps += 1
-        self._update(finite)
-        self.optimizer.zero_grad(set_to_none=True)
+        for number, micro_batch in enumerate(batch.micro_batches, 1):
+            last = number == len(batch.micro_batches)
+            with without_averaging(self.for_loss, unless=last):
+                self._forward_backward(micro_batch, batch.weight, sums)
+        row = self._records.total(sums)
+        norm = gradient_norm(self.optimizer.parameters) / self.scale.scale
+        finite = (norm.isfinite() & row[0].isfinite()).float()
+        self._records.add(row, norm, finite)
+        excess = (norm / settings.optimizer.clip).clamp(min=1)
+        self.optimizer.step(divisor=self.scale.scale * excess, finite=finite)
+        self.optimizer.zero_grad()
+        self.scale.update(finite)
 
-    def _update(self, finite: bool) -> None:
-        """Apply the gradients if they are finite; count the step as skipped if not."""
-        if finite:
-            self.scaler.step(self.optimizer)
-        else:
-            self.position.skipped += 1
-        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
-        self.scaler.update()
-        if self._skipped_in_a_row >= MAX_SKIPPED:
-            raise UserError(
-                f"{self.task.stage}: no finite gradient in {MAX_SKIPPED} steps in a row, stopped at"
-                f" step {self.position.step:,}; go on from an earlier checkpoint in {self.folder} "
-                "with a lower learning rate or precision=fp32"
-            )
-
-    def _on_device(self, micro_batch: MicroBatch) -> MicroBatch:
-        if self.device.type == "cuda":
-            pinned = {key: value.pin_memory() for key, value in micro_batch.items()}
-            return {k: v.to(self.device, non_blocking=True) for k, v in pinned.items()}
-        return {key: value.to(self.device) for key, value in micro_batch.items()}
+    def _forward_backward(self, micro_batch: MicroBatch, weight: float, sums: Sums) -> None:
+        """Add a micro-batch's gradients to those of the step, and what it tells to `sums`."""
+        with self.autocast:
+            loss, metrics = self.task.loss(self.for_loss, on_device(micro_batch, self.device))
+        mean = loss / weight
+        # The ranks' gradients are averaged, and are to be summed.
+        (mean * (self.scale.scale * self.machine.ranks)).backward()
+        add(sums, {"loss": mean, **{key: value / weight for key, value in metrics.items()}})
 
     def _after_step(self, batch: Batch) -> None:
         """Count, log, validate, sample and save, each when its time has come."""
@@ -398,15 +389,17 @@ class Trainer:
         position.step += 1
         position.tokens += batch.tokens
         self.data = batch.state
-        self._sum_tokens += batch.tokens
+        self._tokens_since_row += batch.tokens
         self.progress.advance()
         last = position.step == self.task.steps
         row: dict[str, Any] = {}
+        if len(self._records) == READ_EVERY:
+            self._read_records()
         if position.step % settings.log_every == 0 or last:
             row = self._metrics_row(batch.epoch)
         if self.task.validation and (position.step % settings.validate_every == 0 or last):
             row |= self.watch.paused(self._validate_and_judge)
-        if row:
+        if row and self.machine.leads:
             self.csv.write({"timestamp": now(), "step": position.step, **row})
         if settings.prompts and (position.step % settings.sample_every == 0 or last):
             self.watch.paused(self._write_samples)
@@ -418,6 +411,7 @@ class Trainer:
         step, steps, latest = self.position.step, self.task.steps, self.folder / "latest.pt"
         if self._saved_step != step:
             self._save()
+        self.saver.wait()
         if step < steps and not self.position.stopped_early:
             print(
                 f"{self.task.stage}: stopped at step {step:,} of {steps:,}, saved as {latest}; "
@@ -429,25 +423,36 @@ class Trainer:
 
     # ------------------------------------------------------------------ looking at it
 
+    def _read_records(self) -> None:
+        """Fetch what the last steps left on the device, and look at how they went."""
+        records = self._records.read()
+        first = self.position.step - len(records) + 1
+        for step, record in enumerate(records, first):
+            told = self._health.look_at(record, step)
+            if told is not None:
+                self.progress.say(told)
+        self._since_row += records
+
     def _metrics_row(self, epoch: float) -> dict[str, Any]:
         """Means over the steps since the last row, those aside that were skipped."""
-        means = {key: float(value) / self._sum_steps for key, value in self._sums.items()}
-        means.setdefault("loss", math.nan)  # all of them were
+        self._read_records()
         seconds = self.watch.lap()
         self.position.seconds += seconds
-        speed = self._sum_tokens / seconds
-        mfu = speed * self._flops / self._peak if self._peak else None
+        averages, speed = means(self._since_row), self._tokens_since_row / seconds
+        loss, grad_norm = averages["loss"], self._since_row[-1]["grad_norm"]
+        mfu = speed * self._flops / (self._peak * self.machine.ranks) if self._peak else None
         data_wait, self._waited = self._waited / seconds, 0.0
-        self._sums, self._sum_steps, self._sum_tokens = {}, 0, 0
-        self.progress.report(means["loss"], speed, mfu)
+        self._since_row, self._tokens_since_row = [], 0
+        self.progress.report(loss, speed, mfu)
         return {
-            **means,
+            **averages,
             "epoch": epoch,
-            "perplexity": math.exp(means["loss"]) if means["loss"] < 50 else math.nan,
+            "perplexity": math.exp(loss) if loss < 50 else math.nan,
             "learning_rate": self.rate,
-            "grad_norm": float(self.grad_norm),
+            "grad_norm": grad_norm,
             "skipped_steps": self.position.skipped,
-            "loss_scale": self.scaler.get_scale(),
+            "spikes": self.position.spikes,
+            "loss_scale": float(self.scale.scale),
             "tokens_per_sec": speed,
             "mfu": "" if mfu is None else mfu,
             "data_wait": data_wait,  # share of the time in which the model waited for tokens
@@ -469,19 +474,29 @@ class Trainer:
         result: dict[str, float] = {}
         total_share = sum(validation.share for validation in self.task.validation.values())
         for name, validation in self.task.validation.items():
-            sums: dict[str, float] = {}
             with self._evaluating():
-                for micro_batch in validation.batch.micro_batches[:limit]:
-                    loss, metrics = self.task.loss(self.model, self._on_device(micro_batch))
-                    for key, value in {"loss": loss, **metrics}.items():
-                        sums[key] = sums.get(key, 0.0) + float(value)
-            means = {key: total / validation.batch.weight for key, total in sums.items()}
-            for key, mean in means.items():
+                sums = self._validation_sums(validation.batch.micro_batches[:limit])
+            averages = {key: total / validation.batch.weight for key, total in sums.items()}
+            for key, mean in averages.items():
                 share = mean * validation.share / total_share
                 result[f"val_{key}"] = result.get(f"val_{key}", 0.0) + share
             if len(self.task.validation) > 1:
-                result[f"val_{name}"] = means["loss"]
+                result[f"val_{name}"] = averages["loss"]
         return result
+
+    def _validation_sums(self, micro_batches: list[MicroBatch]) -> dict[str, float]:
+        """Sums of loss and metrics; the ranks share the micro-batches out."""
+        rank, ranks = self.machine.rank, self.machine.ranks
+        sums: dict[str, float] = {}
+        for begin in range(0, len(micro_batches), ranks):
+            left = begin + rank < len(micro_batches)
+            # A rank that has none left takes another's: with FSDP all have to compute something.
+            micro_batch = micro_batches[begin + rank if left else begin]
+            loss, metrics = self.task.loss(self.model, on_device(micro_batch, self.device))
+            for key, value in {"loss": loss, **metrics}.items():
+                sums[key] = sums.get(key, 0.0) + float(value) * left
+        totals = self.machine.total(torch.tensor(list(sums.values()), dtype=torch.float64))
+        return dict(zip(sums, totals.tolist(), strict=True))
 
     def _validate_and_judge(self) -> dict[str, float]:
         """Validate; keep best.pt where asked; end the run when patience is out."""
@@ -492,8 +507,9 @@ class Trainer:
         position.best = min(position.best, result["val_loss"])
         position.since_best = 0 if improved else position.since_best + 1
         if improved and self.task.keep_best:
-            best = checkpoints.without_training_state(self._checkpoint())
-            checkpoints.write_whole(self.folder / "best.pt", best)
+            checkpoint = self._checkpoint()
+            if self.machine.leads:
+                self.saver.save_weights(self.folder / "best.pt", checkpoint)
         if self.task.patience is not None and position.since_best >= self.task.patience:
             position.stopped_early = True
             self.progress.say(
@@ -503,6 +519,8 @@ class Trainer:
         return result
 
     def _write_samples(self) -> None:
+        if not self.machine.leads and self.recipe.parallel == "ddp":
+            return  # under FSDP no rank can compute without the others
         settings = self.recipe.sampling
         sampling = Sampling(**settings.model_dump(), seed=self.recipe.seed)
         texts = {}
@@ -512,7 +530,8 @@ class Trainer:
             for prompt in self.settings.prompts:
                 ids = self._prompt_ids(prompt)
                 texts[prompt] = "".join(generate_text(self.model, self.tokenizer, ids, sampling))
-        self.samples.write(self.position.step, self.position.tokens, texts)
+        if self.machine.leads:
+            self.samples.write(self.position.step, self.position.tokens, texts)
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         if not self.task.chat_prompts:

@@ -132,7 +132,8 @@ def raw(data: Path) -> dict[str, Any]:
         "dpo": {
             **{k: v for k, v in epochs.items() if k != "sequences_per_step"},
             "sequence_length": 96, "epochs": 2, "pairs_per_step": 8, "micro_batch": 4,
-            "max_pairs": 50, "validation_pairs": 6, "beta": 0.1, "train": "pairs",
+            "max_pairs": 50, "validation_pairs": 6, "loss": "sigmoid", "beta": 0.1,
+            "label_smoothing": 0.0, "sft_weight": 0.0, "train": "pairs",
             "validation": "pairs",
         },
     }  # fmt: skip

@@ -319,26 +319,75 @@ def cut_in_half(path: Path) -> None:
     path.write_bytes(content[: len(content) // 2])
 
 
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.unlink()
+    path.write_bytes(content)
+
+
+def damage_all(shop: Workshop, stage: str) -> str:
+    """Damage every checkpoint of a stage; its folder."""
+    for path in latest(shop, stage).parent.glob("*.pt"):
+        cut_in_half(path)
+    return f"checkpoints/micro/{stage}"
+
+
+@pytest.mark.parametrize("damage", [cut_in_half, flip_a_bit])
 @pytest.mark.parametrize("name", STAGES)
-def test_a_checkpoint_that_was_cut_short_is_named_and_left_alone(
+def test_a_damaged_checkpoint_is_named_and_the_newest_good_one_taken(
+    name: str,
+    damage: Callable[[Path], None],
+    copied: Workshop,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(copied.folder)
+    monkeypatch.setattr(training, "peak_flops", lambda device: None)
+    recipe = ("--recipe", str(copied.recipe))
+    assert call(STAGES[name], *recipe, "--steps", "5") == 0  # beside step 3 there is step 5 now
+    path = latest(copied, name)
+    damage(path)
+    damage(path.with_name("step_0000005.pt"))
+    capsys.readouterr()
+    assert call(STAGES[name], *recipe, "--steps", "4") == 0
+    out = capsys.readouterr().out
+    folder = f"checkpoints/micro/{name}"
+    assert f"\n{folder}/step_0000005.pt is damaged (" in f"\n{out}"
+    assert out.startswith(f"{folder}/latest.pt is damaged (")
+    assert "): falling back to step_0000003.pt\n" in out
+    assert f"from {folder}/step_0000003.pt (stage {name}, step 3)" in out
+    assert checkpoints.load(path)["step"] == 4
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_where_every_checkpoint_is_damaged_the_folder_is_named_and_left_alone(
     name: str, refused: Refused, copied: Workshop
 ) -> None:
-    cut_in_half(latest(copied, name))
-    path = f"checkpoints/micro/{name}/latest.pt"
-    assert refused(name, shop=copied).startswith(f"{path} is damaged or cut short, and was not ")
+    folder = damage_all(copied, name)
+    error = refused(name, shop=copied)
+    assert error.startswith(f"every checkpoint in {folder} is damaged and was not touched (")
+    assert "latest.pt: " in error and "step_0000003.pt: " in error and "\n" not in error
 
 
 @pytest.mark.parametrize("name", BEFORE)
-def test_a_previous_stage_that_was_cut_short_is_named(
+def test_a_previous_stage_all_of_whose_checkpoints_are_damaged_is_named(
     name: str, refused: Refused, copied: Workshop
 ) -> None:
     begun_before(copied, name)
-    path = latest(copied, BEFORE[name])
-    path.with_name("best.pt").unlink(missing_ok=True)
-    cut_in_half(path)
-    assert refused(name, shop=copied).startswith(
-        f"checkpoints/micro/{BEFORE[name]}/latest.pt is damaged or cut short, and was not touched"
-    )
+    folder = damage_all(copied, BEFORE[name])
+    error = refused(name, shop=copied)
+    assert error.startswith(f"every checkpoint in {folder} is damaged and was not touched (")
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_checkpoint_given_by_name_has_no_other_to_fall_back_to(
+    name: str, refused: Refused, copied: Workshop
+) -> None:
+    path = f"checkpoints/micro/{name}/latest.pt"
+    cut_in_half(copied.folder / path)
+    error = refused(name, "--checkpoint", path, shop=copied)
+    assert error.startswith(f"{path} is damaged or cut short, and was not touched")
 
 
 def test_chat_names_a_checkpoint_that_was_cut_short(refused: Refused, copied: Workshop) -> None:
@@ -491,13 +540,13 @@ def test_a_device_that_is_not_there_is_named(
 
 
 def test_the_script_itself_exits_with_code_2_and_a_sentence(copied: Workshop) -> None:
-    cut_in_half(latest(copied, "base"))
+    damage_all(copied, "base")
     before = snapshot(copied.folder)
     process = copied.start("train_pretrain.py")
     out, error = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert out == ""
-    assert plain(error).startswith("checkpoints/micro/base/latest.pt is damaged or cut short")
+    assert all(line.endswith("falling back to step_0000003.pt") for line in out.splitlines())
+    assert plain(error).startswith("every checkpoint in checkpoints/micro/base is damaged")
     assert snapshot(copied.folder) == before
 
 

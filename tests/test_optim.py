@@ -1,15 +1,18 @@
-"""Tests of learning-rate schedules, against values worked out by hand, and of AdamW's groups."""
+"""Learning rates against values worked out by hand; optimizers and loss scale against torch's."""
 
 from __future__ import annotations
 
+import copy
 import math
+import random
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hamner.optim import learning_rate, make_optimizer, set_learning_rate
+from hamner import optim
+from hamner.optim import FIRST_SCALE, LossScale, gradient_norm, learning_rate, make_optimizer
 from hamner.recipe import OptimizerPart, SchedulePart
 from model import ModelConfig, Transformer
 
@@ -139,10 +142,224 @@ def test_without_gradients_a_step_shrinks_matrices_and_leaves_norms() -> None:
     model = a_model()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = make_optimizer(model, SETTINGS)
-    set_learning_rate(optimizer, 0.5)
+    optimizer.set_learning_rate(0.5)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     for name, parameter in model.named_parameters():
         factor = 1.0 if "norm" in name else 1 - 0.5 * 0.1
         torch.testing.assert_close(parameter.detach(), before[name] * factor)
+
+
+# ------------------------------------------------------------------------------- steps
+
+
+def with_gradients(model: Transformer, seed: int, scale: float = 1.0) -> list[torch.Tensor]:
+    """Give every parameter a random gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator) * scale
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def by_torch(model: Transformer, settings: OptimizerPart) -> list[torch.optim.Optimizer]:
+    """The optimizers that ours stands for, put together by hand."""
+    named = dict(model.named_parameters())
+    layers = [p for name, p in named.items() if "layers" in name and p.dim() == 2]
+    others = [p for name, p in named.items() if "layers" not in name and p.dim() == 2]
+    norms = [p for p in named.values() if p.dim() == 1]
+    rate, decay = settings.learning_rate, settings.weight_decay
+    muon = settings.kind == "muon"
+    groups = [
+        {"params": others if muon else [*layers, *others], "weight_decay": decay},
+        {"params": norms, "weight_decay": 0.0},
+    ]
+    found: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=rate, betas=settings.betas, eps=settings.eps)
+    ]
+    if muon:
+        found.append(
+            torch.optim.Muon(
+                layers, lr=rate, weight_decay=decay, momentum=0.8, adjust_lr_fn="match_rms_adamw"
+            )
+        )
+    return found
+
+
+MUON = SETTINGS.model_copy(update={"kind": "muon", "momentum": 0.8})
+BOTH = pytest.mark.parametrize("part", [SETTINGS, MUON], ids=["adamw", "muon"])
+YES, NO = torch.tensor(1.0), torch.tensor(0.0)
+
+
+def assert_same_weights(one: Transformer, other: Transformer, atol: float) -> None:
+    theirs = dict(other.named_parameters())
+    for name, weight in one.named_parameters():
+        torch.testing.assert_close(weight, theirs[name], atol=atol, rtol=0, msg=name)
+
+
+@BOTH
+def test_a_step_is_torchs_own_after_its_own_clipping(part: OptimizerPart) -> None:
+    ours, theirs = a_model(), a_model()
+    start = a_model()
+    optimizer, parts = make_optimizer(ours, part), by_torch(theirs, part)
+    for seed, scale in enumerate((3.0, 0.001, 1.0, 0.01)):  # some are clipped, some are not
+        loss_scale = torch.tensor(2.0**10)
+        gradients = with_gradients(ours, seed, scale * 2.0**10)
+        norm = gradient_norm(optimizer.parameters) / loss_scale
+        excess = (norm / part.clip).clamp(min=1)
+        optimizer.step(divisor=loss_scale * excess, finite=YES)
+        assert len(gradients) == len(optimizer.parameters)
+        with_gradients(theirs, seed, scale)
+        expected = torch.nn.utils.clip_grad_norm_(theirs.parameters(), part.clip)
+        assert float(norm) == pytest.approx(float(expected), rel=1e-5)
+        for each in parts:
+            each.step()
+        assert_same_weights(ours, theirs, atol=1e-6)
+    before = dict(start.named_parameters())
+    for name, weight in ours.named_parameters():
+        assert (weight - before[name]).abs().max() > 0.005, f"{name} has not moved"
+
+
+def state_tensors(state: object) -> list[torch.Tensor]:
+    if isinstance(state, torch.Tensor):
+        return [state.clone()]
+    if isinstance(state, dict):
+        return [t for value in state.values() for t in state_tensors(value)]
+    return [t for value in state for t in state_tensors(value)] if isinstance(state, list) else []
+
+
+@BOTH
+def test_a_step_that_is_not_finite_changes_nothing(part: OptimizerPart) -> None:
+    model = a_model()
+    optimizer = make_optimizer(model, part)
+    with_gradients(model, 0)
+    optimizer.step(divisor=YES, finite=YES)
+    weights = [p.detach().clone() for p in model.parameters()]
+    before = state_tensors(optimizer.state_dict())
+    gradients = with_gradients(model, 1)
+    gradients[3].view(-1)[0] = torch.nan
+    optimizer.step(divisor=torch.tensor(torch.nan), finite=NO)
+    for weight, old in zip(model.parameters(), weights, strict=True):
+        assert torch.equal(weight, old)
+    after = state_tensors(optimizer.state_dict())
+    assert len(before) == len(after) > 10
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    counts = {float(s["step"]) for s in optimizer.state_dict()["parts"][0]["state"].values()}
+    assert counts == {1.0}, "AdamW has counted a step that it didn't take"
+    with_gradients(model, 2)
+    optimizer.step(divisor=YES, finite=YES)
+    assert not torch.equal(next(model.parameters()), weights[0])
+
+
+def test_muon_has_the_matrices_of_the_layers_and_adamw_all_else() -> None:
+    for tied in (True, False):
+        model = a_model(tie_word_embeddings=tied)
+        names = {id(p): name for name, p in model.named_parameters()}
+        adamw, muon = make_optimizer(model, MUON)._parts
+        theirs = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+        rest = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
+        assert theirs == {n for n in names.values() if "layers" in n and "norm" not in n}
+        assert rest == set(names.values()) - theirs
+        assert "model.embed_tokens.weight" in rest
+        assert ("lm_head.weight" in rest) == (not tied)
+
+
+@BOTH
+def test_a_learning_rate_is_set_for_all(part: OptimizerPart) -> None:
+    optimizer = make_optimizer(a_model(), part)
+    optimizer.set_learning_rate(0.125)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.125}
+
+
+@BOTH
+def test_a_saved_state_goes_on_exactly_with_the_new_hyper_parameters(part: OptimizerPart) -> None:
+    whole, again = a_model(), a_model()
+    optimizer = make_optimizer(whole, part)
+    for seed in range(3):
+        with_gradients(whole, seed)
+        optimizer.step(YES, YES)
+    again.load_state_dict(whole.state_dict())
+    other = make_optimizer(again, part.model_copy(update={"weight_decay": 0.05}))
+    saved = copy.deepcopy(optimizer.state_dict())
+    other.load_state_dict(saved)
+    decays = {group["weight_decay"] for group in other.param_groups}
+    assert decays == {0.05, 0.0}
+    for group in other.param_groups:
+        group["weight_decay"] *= 2  # as it was
+    for model, each in ((whole, optimizer), (again, other)):
+        with_gradients(model, 9)
+        each.step(YES, YES)
+    assert_same_weights(whole, again, atol=0)
+
+
+@pytest.mark.parametrize(("one", "other"), [(SETTINGS, MUON), (MUON, SETTINGS)])
+def test_the_state_of_another_kind_is_refused(one: OptimizerPart, other: OptimizerPart) -> None:
+    state = make_optimizer(a_model(), one).state_dict()
+    with pytest.raises(ValueError, match="another kind of optimizer"):
+        make_optimizer(a_model(), other).load_state_dict(state)
+
+
+# ------------------------------------------------------------------------------- loss scale
+
+
+def scales_of_torch(finite: list[bool], interval: int) -> list[tuple[float, int]]:
+    """What torch's GradScaler makes of gradients that are finite or not."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=FIRST_SCALE, growth_interval=interval)
+    weight = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.SGD([weight])
+    found = []
+    for good in finite:
+        scaler.scale(torch.zeros(1))
+        weight.grad = torch.tensor([1.0 if good else torch.inf])
+        scaler.step(optimizer)
+        scaler.update()
+        state = scaler.state_dict()
+        found.append((state["scale"], state["_growth_tracker"]))
+    return found
+
+
+def test_the_loss_scale_moves_as_torchs_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(4)
+    finite = [rng.random() < 0.8 for _ in range(200)]
+    monkeypatch.setattr(optim, "GROWTH_INTERVAL", 3)
+    scale, found = LossScale(torch.device("cpu"), enabled=True), []
+    for good in finite:
+        scale.update(torch.tensor(float(good)))
+        state = scale.state_dict()
+        found.append((state["scale"], state["finite_steps"]))
+    assert found == scales_of_torch(finite, 3)
+    assert len({value for value, _ in found}) > 5, "it has hardly moved"
+
+
+def test_the_loss_scale_doubles_after_two_thousand_good_steps_and_halves_after_a_bad_one() -> None:
+    scale = LossScale(torch.device("cpu"), enabled=True)
+    assert float(scale.scale) == 65_536
+    for _ in range(1_999):
+        scale.update(YES)
+    assert float(scale.scale) == 65_536
+    scale.update(YES)
+    assert float(scale.scale) == 131_072
+    scale.update(NO)
+    assert float(scale.scale) == 65_536
+
+
+def test_the_loss_scale_goes_on_from_what_was_saved() -> None:
+    scale, again = (LossScale(torch.device("cpu"), enabled=True) for _ in range(2))
+    for good in (NO, NO, *[YES] * 1_995):
+        scale.update(good)
+    saved = scale.state_dict()
+    assert saved == {"scale": 16_384.0, "finite_steps": 1_995}
+    again.load_state_dict(saved)
+    for _ in range(5):
+        scale.update(YES)
+        again.update(YES)
+    assert again.state_dict() == scale.state_dict() == {"scale": 32_768.0, "finite_steps": 0}
+
+
+def test_where_it_is_not_needed_the_loss_scale_is_one_and_stays() -> None:
+    scale = LossScale(torch.device("cpu"), enabled=False)
+    for good in (NO, YES):
+        scale.update(good)
+    assert float(scale.scale) == 1 and scale.state_dict() == {}
+    scale.load_state_dict({"scale": 4.0, "finite_steps": 3})  # of a run in fp16 that goes on here
+    assert float(scale.scale) == 1

@@ -171,7 +171,8 @@ def test_all_stages_of_v4_run_on_the_hubs_data_sets(undisturbed: Pipeline) -> No
 
 
 def test_no_stage_reads_again_what_the_stage_before_has_read(undisturbed: Pipeline) -> None:
-    places = [undisturbed.latest(folder)["data"]["sources"] for folder in FOLDERS[:3]]
+    sources = [undisturbed.latest(folder)["data"]["sources"] for folder in FOLDERS[:3]]
+    places = [{name: lanes[0] for name, lanes in source.items()} for source in sources]
     for source in ("fineweb_edu", "dclm"):
         numbers = [place[source]["documents"]["number"] for place in places]
         assert 0 < numbers[0] < numbers[1] < numbers[2]
@@ -215,7 +216,7 @@ def read_sequences(raw: dict[str, Any]) -> None:
     state = notes(Path("notebook.jsonl"))[-1]["state"]
     mix = MixedBatches(
         {
-            name: open_tokens(name, recipe, tokenizer, state["sources"].get(name))
+            name: {0: open_tokens(name, recipe, tokenizer, state["sources"].get(name))}
             for name in SOURCES
         },
         dict.fromkeys(SOURCES, 0.5),
@@ -227,11 +228,12 @@ def read_sequences(raw: dict[str, Any]) -> None:
     with open("notebook.jsonl", "a", encoding="utf-8") as file:
         for batch in mix:
             ids = batch.micro_batches[0]["input_ids"][0].tolist()
+            places = {name: lanes[0] for name, lanes in batch.state["sources"].items()}
+            state = {"sources": places, "drawn": batch.state["drawn"]}
             print("", file=file)  # ends a line that a killed process left unfinished
-            print(json.dumps({"ids": ids, "state": batch.state}), file=file, flush=True)
+            print(json.dumps({"ids": ids, "state": state}), file=file, flush=True)
             time.sleep(0.002)
-            places = batch.state["sources"].values()
-            if min(place["documents"]["epoch"] for place in places) >= 2:
+            if min(place["documents"]["epoch"] for place in places.values()) >= 2:
                 break
     mix.close()
 
@@ -332,7 +334,7 @@ def test_the_shares_of_the_mix_are_those_of_v4_within_a_percent(
         assert isinstance(settings, StreamStage)
         names = [source.name for source in settings.sources]
         mix = MixedBatches(
-            {name: open_tokens(name, recipe, tokenizer, None) for name in names},
+            {name: {0: open_tokens(name, recipe, tokenizer, None)} for name in names},
             {source.name: source.weight for source in settings.sources},
             sequence_length=256,
             sequences_per_step=20,

@@ -31,9 +31,9 @@ Place = tuple[Any, ...]
 V4: dict[str, Any] = {
     "name": "v4",
     "seed": 42,
-    "precision": "fp16",
-    "compile": True,
-    "gradient_checkpointing": True,
+    "precision": "auto",  # on the GPU of the real run fp16, True and True; see test_training.py
+    "compile": "auto",
+    "gradient_checkpointing": "auto",
     "model": {
         "vocab_size": 49_152,
         "hidden_size": 768,
@@ -58,6 +58,8 @@ V4: dict[str, Any] = {
     "base.sequences_per_step": 24,
     "base.sequence_length": 1_024,
     "base.optimizer": {
+        "kind": "adamw",
+        "momentum": 0.95,
         "learning_rate": 2e-4,
         "betas": (0.9, 0.95),
         "eps": 1e-8,
@@ -76,6 +78,8 @@ V4: dict[str, Any] = {
     "anneal.sequences_per_step": 24,
     "anneal.sequence_length": 1_024,
     "anneal.optimizer": {
+        "kind": "adamw",
+        "momentum": 0.95,
         "learning_rate": 2e-4,
         "betas": (0.9, 0.95),
         "eps": 1e-8,
@@ -270,13 +274,45 @@ def test_a_loaded_recipe_cannot_be_changed() -> None:
         load_recipe("tiny").base.steps = 3  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("key", ["precision", "compile", "gradient_checkpointing"])
+def test_what_depends_on_the_machine_may_be_left_to_it(plain: dict[str, Any], key: str) -> None:
+    plain[key] = "auto"
+    assert getattr(check_recipe(plain, "r.yaml"), key) == "auto"
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_switches_may_be_set_on_the_command_line(value: bool) -> None:
+    recipe = load_recipe("v4", [f"compile={value}", f"gradient_checkpointing={str(value).lower()}"])
+    assert recipe.compile is value and recipe.gradient_checkpointing is value
+
+
+@pytest.mark.parametrize("stage", ["base", "anneal", "chat"])
+def test_lanes_that_can_not_share_a_step_are_refused(plain: dict[str, Any], stage: str) -> None:
+    plain["lanes"] = 2
+    check_recipe(plain, "r.yaml")
+    plain[stage]["sequences_per_step"] = 5
+    assert complaint(plain) == (
+        f"r.yaml: {stage}.sequences_per_step (5) must be a multiple of lanes (2)"
+    )
+
+
+def test_the_optimizer_is_adamw_unless_the_recipe_says_muon(plain: dict[str, Any]) -> None:
+    assert check_recipe(plain, "r.yaml").base.optimizer.kind == "adamw"
+    plain["common"]["optimizer"] |= {"kind": "muon", "momentum": 0.9}
+    optimizer = check_recipe(plain, "r.yaml").dpo.optimizer
+    assert (optimizer.kind, optimizer.momentum) == ("muon", 0.9)
+    plain["common"]["optimizer"]["kind"] = "mouon"
+    assert "common.optimizer.kind: must be 'adamw' or 'muon', got 'mouon'" in complaint(plain)
+
+
 # ------------------------------------------------------------------------------- every key counts
 
 
 def changed(raw: dict[str, Any], place: Place, value: Any) -> Iterator[dict[str, Any]]:
     """The recipe with other values at one place, until one of them may be valid."""
     candidates: list[Any] = [f"{value}x", *raw["sources"]]
-    candidates += ["fp32", "bf16", "wsd", "linear", "cosine", "prose", "code", "train"]
+    candidates += ["fp32", "bf16", "wsd", "linear", "cosine", "prose", "code", "train", "ipo"]
+    candidates += [True, "fsdp", "muon"]
     if isinstance(value, bool):
         candidates = [not value]
     elif isinstance(value, (int, float)):
@@ -390,8 +426,8 @@ def test_a_negative_weight_is_reported_as_promised(monkeypatch: pytest.MonkeyPat
         (("common", "optimizer", "clip"), "x", "common.optimizer.clip: must be a valid number"),
         (("common", "optimizer", "betas"), 0.9, "common.optimizer.betas: must be a valid tuple"),
         (("common", "optimizer", "betas", 1), 1.5, "common.optimizer.betas[1]: must be <= 1"),
-        (("compile",), "perhaps", "compile: must be a valid boolean"),
-        (("precision",), "fp8", "precision: must be 'fp16', 'bf16' or 'fp32', got 'fp8'"),
+        (("compile",), "perhaps", "compile: must be 'auto', True or False, got 'perhaps'"),
+        (("precision",), "fp8", "precision: must be 'auto', 'fp16', 'bf16' or 'fp32', got"),
         (("held_out_fraction",), 0, "held_out_fraction: must be > 0, got 0"),
         (("sampling", "top_p"), 1.1, "sampling.top_p: must be <= 1, got 1.1"),
         (("model", "rope_theta"), float("nan"), "model.rope_theta: must be"),

@@ -513,6 +513,76 @@ def test_a_state_does_not_grow() -> None:
     assert max(len(json.dumps(state)) for state in states) < 100
 
 
+@pytest.mark.parametrize("lanes", [2, 3, 4])
+@pytest.mark.parametrize("block", [1, 5, 1_000])
+def test_every_document_lies_in_one_lane_and_comes_once_an_epoch(block: int, lanes: int) -> None:
+    found: Counter[Document] = Counter()
+    for lane in range(lanes):
+        stream = stream_of(DOCUMENTS, block, lane=lane, lanes=lanes)
+        mine = list(stream.one_epoch())
+        assert mine and not set(mine) & found.keys()
+        found += Counter(mine)
+        again = list(islice(stream_of(DOCUMENTS, block, lane=lane, lanes=lanes), 3 * len(mine)))
+        for epoch in range(3):
+            assert Counter(again[epoch * len(mine) : (epoch + 1) * len(mine)]) == Counter(mine)
+    assert found == Counter(side(DOCUMENTS, held_out=False))
+
+
+@pytest.mark.parametrize("lane", [0, 1, 2])
+@pytest.mark.parametrize("block", [1, 4, 1_000])
+def test_a_lane_goes_on_exactly_from_any_point_of_two_epochs(block: int, lane: int) -> None:
+    how: dict[str, Any] = {"lane": lane, "lanes": 3}
+    count = 2 * len(list(stream_of(DOCUMENTS, block, **how).one_epoch()))
+    documents, states = with_states(stream_of(DOCUMENTS, block, **how), count)
+    for k, state in enumerate(states):
+        resumed = stream_of(DOCUMENTS, block, state=json_round_trip(state), **how)
+        rest, later = with_states(resumed, count - k)
+        assert rest == documents[k:]
+        assert json_round_trip(later[1:]) == json_round_trip(states[k + 1 :])
+
+
+def test_a_single_lane_has_the_documents_in_the_order_that_they_always_had() -> None:
+    """Runs that began before there were lanes go on with the same documents."""
+    expected = [0, 1, 4, 3, 2, 5, 6, 8, 9, 7, 13, 14]
+    assert [int(str(d).split()[1]) for d in islice(stream_of(DOCUMENTS), 12)] == expected
+    one_of_one = list(islice(stream_of(DOCUMENTS, lane=0, lanes=1), 90))
+    assert one_of_one == list(islice(stream_of(DOCUMENTS), 90))
+
+
+def test_lanes_are_of_one_size_and_copies_lie_in_the_same() -> None:
+    documents = [f"some text {i}" for i in range(4_000)]
+    train = len(side(documents, held_out=False))
+    for lanes in (2, 5):
+        for lane in range(lanes):
+            size = len(list(stream_of(documents, 1_000, lane=lane, lanes=lanes).one_epoch()))
+            assert abs(size - train / lanes) < 4 * (train / lanes * (1 - 1 / lanes)) ** 0.5
+    copies = [text for i in range(60) for text in (f"A text {i}", f" a  TEXT\n{i} ")]
+    for lane in range(3):
+        mine = list(stream_of(copies, 1_000, 0.0, lane=lane, lanes=3).one_epoch())
+        times = Counter(" ".join(str(text).lower().split()) for text in mine)
+        assert times and set(times.values()) == {2}
+
+
+def test_lanes_of_a_recipes_source_leave_out_what_is_held_out(raw: dict[str, Any]) -> None:
+    recipe = check_recipe(raw, "r.yaml")
+    train = list(open_stream("web", recipe).one_epoch())
+    lanes = [list(open_stream("web", recipe, lane=lane, lanes=4).one_epoch()) for lane in range(4)]
+    assert Counter(d for lane in lanes for d in lane) == Counter(train)
+    held_out = list(open_stream("web", recipe, held_out=True).one_epoch())
+    assert held_out and not set(held_out) & set(train)
+
+
+def test_an_empty_lane_is_named() -> None:
+    one = [d for d in DOCUMENTS if not is_held_out(d, 0.2)][:1]
+    messages = []
+    for lane in range(2):
+        stream = stream_of(one, lane=lane, lanes=2)
+        if not list(stream_of(one, lane=lane, lanes=2).one_epoch()):
+            messages.append((lane, message_of(iter(stream))))
+    ((lane, message),) = messages
+    assert message.endswith(f"at least 1 characters in lane {lane} of 2")
+
+
 def test_one_epoch_ends_and_holds_what_the_endless_stream_holds() -> None:
     expected = side(DOCUMENTS, held_out=False)
     stream = stream_of(DOCUMENTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Sequence
@@ -47,12 +48,14 @@ class Shelf:
     def __init__(self, raw: Raw, folder: Path, shard_tokens: int = 2_000):
         self.raw, self.folder, self.shard_tokens = raw, folder, shard_tokens
 
-    def documents(self) -> DocumentStream:
-        return open_stream("books", check_recipe(self.raw, "test"))
+    def documents(self, lane: int = 0, lanes: int = 1) -> DocumentStream:
+        return open_stream("books", check_recipe(self.raw, "test"), lane=lane, lanes=lanes)
 
-    def stream(self, tokenizer: Any, state: Any = None, cached: bool = True) -> TokenStream:
+    def stream(
+        self, tokenizer: Any, state: Any = None, cached: bool = True, **lane: int
+    ) -> TokenStream:
         cache = TokenCache(self.folder, self.shard_tokens) if cached else None
-        return TokenStream(self.documents(), tokenizer, state, cache=cache, read_ahead=500)
+        return TokenStream(self.documents(**lane), tokenizer, state, cache=cache, read_ahead=500)
 
     def take(self, tokenizer: Any, sizes: Sequence[int], state: Any = None, **how: Any) -> Any:
         """Tokens taken in these sizes, and the state after each; then the stream is closed."""
@@ -116,6 +119,26 @@ def test_a_run_can_go_on_without_the_cache_that_it_began_with(
     for at in (0, 5, 31, 50):
         rest, _ = shelf.take(tokenizer, SIZES[at + 1 :], states[at], cached=False)
         assert np.array_equal(rest, tokens[700 * (at + 1) :])
+
+
+def test_every_lane_has_a_cache_of_its_own(shelf: Shelf, tokenizer: Tokenizer) -> None:
+    shelf.take(tokenizer, SIZES)  # all in one lane: of no use to the others
+    counting = Counting(tokenizer)
+    lanes: list[dict[str, int]] = [{"lane": lane, "lanes": 3} for lane in range(3)]
+    first = [shelf.take(counting, SIZES[:30], **lane) for lane in lanes]
+    assert counting.count > 100
+    assert len(list(shelf.folder.iterdir())) == 4
+    for lane, (tokens, states) in zip(lanes, first, strict=True):
+        plain, plain_states = shelf.take(tokenizer, SIZES[:30], cached=False, **lane)
+        again, again_states = shelf.take(Counting(tokenizer, limit=0), SIZES[:30], **lane)
+        assert np.array_equal(tokens, plain) and np.array_equal(again, plain)
+        assert states == plain_states == again_states
+        for at in (0, 11, 28):
+            rest, _ = shelf.take(
+                Counting(tokenizer, limit=0), SIZES[at + 1 : 30], states[at], **lane
+            )
+            assert np.array_equal(rest, tokens[700 * (at + 1) :])
+    assert not any(np.array_equal(a[0], b[0]) for a, b in itertools.pairwise(first))
 
 
 def test_a_gap_that_a_killed_run_left_is_filled(shelf: Shelf, tokenizer: Tokenizer) -> None:

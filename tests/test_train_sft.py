@@ -17,7 +17,7 @@ from conftest import Workshop, some_text, write_lines
 import prepare_sft_data
 import train_sft
 from hamner import checkpoints, tokenization, training
-from hamner.batches import Example, PackedBatches, pack, packed_batch
+from hamner.batches import Batch, Example, PackedBatches, pack, packed_batch
 from hamner.errors import UserError, run
 from hamner.recipe import Recipe, check_recipe
 from hamner.tokenization import Tokenizer
@@ -183,7 +183,7 @@ def test_the_answers_and_nothing_else_carry_loss(tokenizer: Tokenizer) -> None:
     examples = examples_of(conversations, tokenizer, ROOM)
     rows = pack([len(example) for example in examples], ROOM)
     assert max(len(row) for row in rows) > 1
-    batch = packed_batch([[examples[i] for i in row] for row in rows], ROOM, 2, {})
+    batch = packed_batch([[examples[i] for i in row] for row in rows], ROOM, 2)
     order = [conversations[i] for row in rows for i in row]
     wanted = [
         id_
@@ -206,7 +206,7 @@ def test_the_loss_of_packed_rows_is_that_of_each_conversation_alone(
     examples = examples_of(varied_conversations(12), tokenizer, ROOM)
     rows = pack([len(example) for example in examples], ROOM)
     assert 2 < len(rows) < len(examples), "not packed"
-    batch = packed_batch([[examples[i] for i in row] for row in rows], ROOM, 2, {})
+    batch = packed_batch([[examples[i] for i in row] for row in rows], ROOM, 2)
     packed = [language_modelling(model, micro)[0] for micro in batch.micro_batches]
     loss = torch.stack(packed).sum() / batch.weight
     loss.backward()
@@ -225,6 +225,51 @@ def test_the_loss_of_packed_rows_is_that_of_each_conversation_alone(
     assert float(loss.detach()) == pytest.approx(float(alone.detach()) / count, abs=1e-5)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-5, rtol=1e-4)
+
+
+def summed(model: Transformer, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss of a batch's micro-batches, and the gradients that they leave, summed up."""
+    model.zero_grad()
+    loss = 0.0
+    for micro in batch.micro_batches:
+        part = language_modelling(model, micro)[0] / batch.weight
+        part.backward()
+        loss += float(part.detach())
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return loss, {name: gradient.clone() for name, gradient in gradients.items()}
+
+
+@pytest.mark.parametrize("rows_left", [6, 4, 1])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_losses_and_gradients_of_the_ranks_add_up_to_those_of_one(
+    ranks: int, rows_left: int, recipe: Recipe, tokenizer: Tokenizer
+) -> None:
+    model = new_model(recipe)
+    examples = examples_of(varied_conversations(24), tokenizer, ROOM)
+    rows = pack([len(example) for example in examples], ROOM)[:rows_left]
+    step = [[examples[i] for i in row] for row in rows]
+    loss, gradients = summed(model, packed_batch(step, ROOM, 2))
+    parts = [
+        summed(model, packed_batch(step, ROOM, 2, rank=rank, ranks=ranks)) for rank in range(ranks)
+    ]
+    assert sum(part for part, _ in parts) == pytest.approx(loss, rel=1e-6)
+    for name, gradient in gradients.items():
+        total = torch.stack([found[name] for _, found in parts]).sum(0)
+        torch.testing.assert_close(total, gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_a_rank_without_a_row_gets_a_filler_that_adds_nothing(
+    recipe: Recipe, tokenizer: Tokenizer
+) -> None:
+    """It computes like the others, for they wait for it, and has a gradient for every weight."""
+    model = new_model(recipe)
+    (example,) = examples_of([turns("a question", "an answer")], tokenizer, ROOM)
+    filler = packed_batch([[example]], ROOM, 2, rank=1, ranks=2)
+    assert [micro["num_labels"] for micro in filler.micro_batches] == [0]
+    loss, gradients = summed(model, filler)
+    assert loss == 0
+    assert gradients.keys() == dict(model.named_parameters()).keys()
+    assert all(not gradient.any() for gradient in gradients.values())
 
 
 def test_an_epoch_shows_each_conversation_as_often_as_its_repeat_says(
@@ -358,15 +403,16 @@ def test_without_patience_the_run_goes_to_its_end(
 
 @pytest.mark.usefixtures("data_ready")
 def test_the_best_checkpoint_has_the_lowest_validation_loss_that_was_measured(
-    call: Call, workshop: Workshop, tokenizer: Tokenizer
+    call: Call, workshop: Workshop, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workshop.raw["sft"].update(validate_every=3, prompts=[])
-    workshop.raw["sft"]["optimizer"]["learning_rate"] = 0.2  # so large that it gets worse again
-    workshop.raw["sft"]["schedule"]["floor"] = 1.0
-    assert call("--steps", "21") == 0
+    # From step 10 on so large that what has been learnt is lost, whatever the rounding.
+    monkeypatch.setattr(training, "learning_rate", lambda step, *_: 0.05 if step < 9 else 4.0)
+    assert call("--steps", "18") == 0
     measured = {row["step"]: float(row["val_loss"]) for row in metrics(workshop) if row["val_loss"]}
     lowest = min(measured, key=lambda step: measured[step])
-    assert len(measured) == 7 and lowest != "21", "the last is the best: this shows nothing"
+    assert list(measured) == ["3", "6", "9", "12", "15", "18"]
+    assert measured[lowest] < min(measured["3"], measured["18"]) - 0.1, "this shows nothing"
     path = folder(workshop) / "best.pt"
     best = checkpoints.load(path)
     assert str(best["step"]) == lowest
@@ -377,7 +423,7 @@ def test_the_best_checkpoint_has_the_lowest_validation_loss_that_was_measured(
         for line in (workshop.folder / "sft/validation.jsonl").read_text().splitlines()
     ]
     examples = examples_of(held_out, tokenizer, ROOM)
-    batch = packed_batch([[example] for example in examples], ROOM, 4, {})
+    batch = packed_batch([[example] for example in examples], ROOM, 4)
     with torch.no_grad():
         losses = [language_modelling(model, micro)[0] for micro in batch.micro_batches]
     loss = float(torch.stack(losses).sum()) / batch.weight
