@@ -4,7 +4,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint
+.PHONY: demo test lint bench
 
 demo: .venv/runtime        ## all five stages on a CPU, offline, then a conversation
 	$(PY) generate_sft_v3.py --plain --out data/tiny/conversations.jsonl --pairs data/tiny/pairs.jsonl
@@ -24,6 +24,15 @@ lint: .venv/dev            ## style, formatting, types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+bench: .venv/dev           ## speed beside peers, on a CPU, with data made here
+	$(PY) generate_sft_v3.py --plain --out data/tiny/conversations.jsonl --pairs data/tiny/pairs.jsonl
+	$(PY) prepare_sft_data.py --recipe tiny
+	$(PY) benchmarks/data_loader.py --recipe tiny --tokens 500_000 --rounds 3
+	$(PY) benchmarks/train_step.py --recipe tiny --rounds 3
+	$(PY) benchmarks/train_step.py --recipe v4 --rounds 3 --steps 1
+	$(PY) benchmarks/sft_packing.py --recipe tiny --rounds 3
+	$(PY) benchmarks/dpo_step.py --recipe tiny
 
 .venv/runtime: requirements.txt
 	$(PYTHON) -m venv .venv

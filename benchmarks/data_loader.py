@@ -37,13 +37,17 @@ DOCUMENTS_TOGETHER = 1_000  # what the bare tokenizer gets at once; more is no f
 
 
 def open_mix(recipe: Recipe, tokenizer: Tokenizer) -> MixedBatches:
-    settings = recipe.base
+    settings, lanes = recipe.base, range(recipe.lanes)
     return MixedBatches(
-        {s.name: open_tokens(s.name, recipe, tokenizer, None) for s in settings.sources},
+        {
+            s.name: {lane: open_tokens(s.name, recipe, tokenizer, None, lane) for lane in lanes}
+            for s in settings.sources
+        },
         {s.name: s.weight for s in settings.sources},
         sequence_length=settings.sequence_length,
         sequences_per_step=settings.sequences_per_step,
         micro_batch=settings.micro_batch,
+        lanes=recipe.lanes,
     )
 
 
