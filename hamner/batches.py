@@ -147,7 +147,7 @@ class MixedBatches:
     """Batches of full sequences, each sequence from one source, sources mixed by weight.
 
     The source of a sequence is the one that has fallen furthest behind its weight, so that after
-    any number of sequences each source's share is exact to within one sequence.
+    any number of sequences each source's share of a lane is exact to within one sequence.
 
     Every source comes dealt into lanes. The first sequences of a step are drawn from the first
     lane and trained on by the first rank, and so on, equally many each: what a step consists of has
@@ -181,7 +181,7 @@ class MixedBatches:
     def __next__(self) -> Batch:
         for stream in self._all_streams():
             stream.begin()
-        drawn = [self._sequence(number) for number in range(self.sequences_per_step)]
+        drawn = [self._take(number, name) for number, name in enumerate(self._sources_of_step())]
         mine = [row for row in share_of(drawn, self.rank, self.ranks) if row is not None]
         input_ids = torch.from_numpy(np.stack(mine))
         return Batch(
@@ -208,12 +208,26 @@ class MixedBatches:
     def _all_streams(self) -> list[TokenStream]:
         return [stream for lanes in self.streams.values() for stream in lanes.values()]
 
-    def _sequence(self, number: int) -> np.ndarray | None:
+    def _sources_of_step(self) -> list[str]:
+        """The source of each of a step's sequences.
+
+        A lane follows the same pattern of sources as the lane before it, one sequence ahead: each
+        lane draws from each source by its weight, and so do all lanes together at any moment.
+        """
+        each, ahead, pattern = self.sequences_per_step // self.lanes, dict(self.drawn), []
+        for number in range(1, each + self.lanes):
+            total = number + sum(self.drawn.values())
+            behind = [name for name in ahead if ahead[name] < self.weights[name] * total]
+            name = min(behind, key=lambda name: (ahead[name] + 1) / self.weights[name])
+            ahead[name] += 1
+            pattern.append(name)
+        self.drawn = {
+            name: count + pattern[:each].count(name) for name, count in self.drawn.items()
+        }
+        return [pattern[n // each + n % each] for n in range(self.sequences_per_step)]
+
+    def _take(self, number: int, name: str) -> np.ndarray | None:
         """The tokens of a step's sequence; None from a lane that only other ranks need."""
-        total = sum(self.drawn.values()) + 1
-        behind = [name for name in self.weights if self.drawn[name] < self.weights[name] * total]
-        name = min(behind, key=lambda name: (self.drawn[name] + 1) / self.weights[name])
-        self.drawn[name] += 1
         stream = self.streams[name].get(number * self.lanes // self.sequences_per_step)
         return stream.take(self.sequence_length) if stream is not None else None
 

@@ -216,6 +216,9 @@ class Endless:
 
     state: dict[str, Any] = {}  # noqa: RUF012
 
+    def begin(self) -> None:
+        pass
+
     def take(self, count: int) -> np.ndarray:
         return np.zeros(count, np.int64)
 
@@ -226,7 +229,7 @@ def worst_deviation(weights: dict[str, float], sequences: int) -> float:
     mix = MixedBatches(streams, weights, sequence_length=1, sequences_per_step=1, micro_batch=1)
     worst = 0.0
     for total in range(1, sequences + 1):
-        mix._sequence(0)
+        next(mix)
         gaps = [abs(mix.drawn[name] - weight * total) for name, weight in weights.items()]
         worst = max(worst, *gaps)
     assert sum(mix.drawn.values()) == sequences
@@ -284,7 +287,7 @@ def test_rounded_weights_keep_their_shares_after_millions_of_sequences() -> None
         drawn={name: 3_000_000 for name in weights},
     )  # fmt: skip
     for _ in range(300):
-        mix._sequence(0)
+        next(mix)
     assert mix.drawn == {name: 3_000_100 for name in weights}
 
 
@@ -420,8 +423,7 @@ def test_no_document_of_a_lane_is_lost_or_repeated_though_ranks_come_and_go(lane
             assert sorted(epoch) == sorted(str(document).split() for document in documents)
 
 
-@pytest.mark.xfail(strict=True, reason="where mix and lanes keep time, some lanes are never read")
-@pytest.mark.parametrize(("name", "lanes"), [("v4", 8), ("small", 8), ("tiny", 8)])
+@pytest.mark.parametrize(("name", "lanes"), [("v4", 8), ("v4", 4), ("small", 8), ("tiny", 8)])
 def test_a_source_is_drawn_from_all_its_lanes_alike(name: str, lanes: int) -> None:
     """Else some of its documents come again and again, and others never."""
     chat = load_recipe(name).chat
@@ -441,8 +443,8 @@ def test_a_source_is_drawn_from_all_its_lanes_alike(name: str, lanes: int) -> No
         streams, weights, sequence_length=1, sequences_per_step=chat.sequences_per_step,
         micro_batch=1, lanes=lanes,
     )  # fmt: skip
-    for number in range(600 * chat.sequences_per_step):
-        mix._sequence(number % chat.sequences_per_step)
+    for _ in range(600):
+        next(mix)
     for source in weights:
         times = [taken[source, lane] for lane in range(lanes)]
         assert min(times) > 0.9 * max(times), (source, times)
