@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from hamner.errors import UserError
-from hamner.machine import PRECISIONS, autocast
+from hamner.machine import PRECISIONS, Machine, autocast, compile_layers
 from hamner.optim import LossScale, gradient_norm
 from hamner.recipe import Recipe, load_recipe
 from model import ModelConfig
@@ -81,8 +81,7 @@ class OurStepper(Stepper):
 
 def compile_blocks(model: nn.Module) -> None:
     """Compile our model as training does: block by block, so that one compilation serves all."""
-    for layer in model.model.layers:  # type: ignore[union-attr]
-        layer.compile()
+    compile_layers(model.model.layers, Machine(next(model.parameters()).device))  # type: ignore
 
 
 def synchronize(device: torch.device) -> None:
