@@ -102,18 +102,19 @@ class KVCache:
         device: torch.device | str = "cpu",
     ):
         self.max_length = max_length or config.max_position_embeddings
-        heads = (batch_size, config.num_key_value_heads, self.max_length, config.head_dim)
-        shape = (config.num_hidden_layers, *heads)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        shape = (batch_size, config.num_key_value_heads, self.max_length, config.head_dim)
+        layers = range(config.num_hidden_layers)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         self.length = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, K, T, D) of one layer; return all of its keys and values (B, K, S, D)."""
         end = self.length + k.shape[2]
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end].type_as(k), self.values[layer, :, :, :end].type_as(v)
+        keys, values = self.keys[layer], self.values[layer]
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
+        return keys[:, :, :end].type_as(k), values[:, :, :end].type_as(v)
 
 
 class RMSNorm(nn.Module):
@@ -149,7 +150,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -
     """Grouped-query attention (arXiv 2305.13245): q (B, H, T, D), k and v (B, K, S, D)."""
     grouped = q.shape[1] != k.shape[1]
     flash = q.device.type == "cuda" and q.dtype != torch.float32 and mask is None
-    if grouped and not flash:  # other kernels that know of groups are slower than the copies
+    if grouped and not (flash or q.device.type == "cpu"):  # the other kernels don't know of groups
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
         grouped = False

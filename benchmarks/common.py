@@ -134,6 +134,42 @@ def largest_products(config: ModelConfig, tokens: int) -> list[tuple[int, int, i
     return [(tokens, hidden, inner), (tokens, inner, hidden), head]
 
 
+def all_products(config: ModelConfig) -> list[tuple[int, int, int]]:
+    """The sizes (k, n) of the weights that a token is multiplied with, and how many there are."""
+    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    kv_size = config.num_key_value_heads * config.head_dim
+    return [
+        (hidden, hidden, 2 * layers),
+        (hidden, kv_size, 2 * layers),
+        (hidden, inner, 2 * layers),
+        (inner, hidden, layers),
+        (hidden, config.vocab_size, 1),
+    ]
+
+
+def own_products_flops(
+    config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device, repeats: int = 3
+) -> float:
+    """FLOP/s of nothing but a step's products with its weights: forward, and both gradients.
+
+    Each of another size is measured so many times into memory at hand; its median counts as often
+    as the model has it.
+    """
+    together = 20 if device.type == "cuda" else 1
+    flops = seconds = 0.0
+    for k, n, times in all_products(config):
+        x = torch.randn(tokens, k, device=device).to(dtype)
+        weight = torch.randn(n, k, device=device).to(dtype)
+        g = torch.randn(tokens, n, device=device).to(dtype)  # of the output
+        for a, b in ((x, weight.T), (g, weight), (g.T, x)):
+            out = a @ b
+            work = partial(multiply, a, b, out, together)
+            took = median(seconds_of(work, device) for _ in range(repeats)) / together
+            seconds += times * took
+            flops += times * 2 * tokens * k * n
+    return flops / seconds
+
+
 def shuffled_rounds(names: Sequence[str], rounds: int, seed: int = 0) -> Iterator[list[str]]:
     """The names in another order every round: what runs after what must not favour any."""
     rng = random.Random(seed)

@@ -201,7 +201,7 @@ def compare_optimizers(curves: Sequence[Curve]) -> dict[str, Any]:
 
 def speed_figures(comparison: Comparison) -> dict[str, Any]:
     """What the JSON says of a comparison; null for what couldn't be measured."""
-    figures: dict[str, Any] = {"matmul_flops": comparison.matmul}
+    figures: dict[str, Any] = {"matmul_flops": comparison.matmul, "own_flops": comparison.own}
     for name, result in comparison.results.items():
         ran = not result.problem
         figures[name] = {
@@ -209,6 +209,7 @@ def speed_figures(comparison: Comparison) -> dict[str, Any]:
             "tokens_per_second": result.speeds if ran else None,
             "of_hf": comparison.ratio(name) if ran else None,
             "of_matmul": comparison.of_matmul(name) if ran else None,
+            "of_own_products": comparison.of_own(name) if ran else None,
             "mfu": comparison.mfu(name) if ran else None,
             "peak_gb": result.peak / GB if ran and result.peak else None,
             "first_step_seconds": result.first_step if ran else None,

@@ -7,10 +7,11 @@
 A step is forward, loss, backward, clipping, fused AdamW and dropping the gradients. Each variant
 runs as it is and compiled: ours block by block, Hugging Face's as a whole. Rounds alternate in a
 varying order in one process, and in each the machine's own rate of matrix products is measured
-beside them, in the same precision: "of matmul" is the model's FLOP/s over that. Ratios are medians
-of the rounds' own; "of HF" is over Hugging Face's faster variant. On CUDA a variant leaves the GPU
-while others run, so that its peak is its own. The first step holds the compilation; what PyTorch's
-cache on the disk has from an earlier run it doesn't compile again.
+beside them, in the same precision: "of matmul" is the model's FLOP/s over the fastest product's,
+"of own" over those of the step's own products one after another, with nothing between them. Ratios
+are medians of the rounds' own; "of HF" is over Hugging Face's faster variant. On CUDA a variant
+leaves the GPU while others run, so that its peak is its own. The first step holds the compilation;
+what PyTorch's cache on the disk has from an earlier run it doesn't compile again.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from common import (
     more_than_zero,
     narrow_table,
     optional,
+    own_products_flops,
     positive,
     read_recipe,
     seconds_of,
@@ -102,7 +104,8 @@ class Result:
 class Comparison:
     job: Job
     results: dict[str, Result]
-    matmul: list[float] = field(default_factory=list)  # FLOP/s of every round
+    matmul: list[float] = field(default_factory=list)  # FLOP/s of every round: fastest product
+    own: list[float] = field(default_factory=list)  # of all of a step's products
 
     def running(self) -> dict[str, Result]:
         return {name: result for name, result in self.results.items() if not result.problem}
@@ -117,8 +120,14 @@ class Comparison:
         return median_ratio(self.results[name].speeds, best.speeds) if best else None
 
     def of_matmul(self, name: str) -> float:
+        return self._share(name, self.matmul)
+
+    def of_own(self, name: str) -> float:
+        return self._share(name, self.own)
+
+    def _share(self, name: str, rates: Sequence[float]) -> float:
         flops = self.job.config.flops_per_token(self.job.length)
-        return flops * median_ratio(self.results[name].speeds, self.matmul)
+        return flops * median_ratio(self.results[name].speeds, rates)
 
     def mfu(self, name: str) -> float | None:
         """Share of the data sheet's 16-bit FLOP/s; None where it says nothing."""
@@ -286,8 +295,10 @@ def one_round(
     job = comparison.job
     for name in order:
         if name == MATMUL:
-            shapes = largest_products(job.config, job.tokens)
-            comparison.matmul.append(matmul_flops(shapes, PRECISIONS[job.precision], job.device))
+            shapes, dtype = largest_products(job.config, job.tokens), PRECISIONS[job.precision]
+            comparison.matmul.append(matmul_flops(shapes, dtype, job.device))
+            own = own_products_flops(job.config, job.tokens, dtype, job.device)
+            comparison.own.append(own)
         elif name in variants:
             result = comparison.results[name]
             guarded(name, result, variants, partial(speed, job, variants[name], result, steps))
@@ -333,15 +344,15 @@ def table_of(comparison: Comparison) -> Table:
         f"{job.precision}, {device_name(job.device)}"
     )
     headings = (
-        "variant", "tokens/s", "lowest", "highest", "of HF", "of\nmatmul", "MFU",
+        "variant", "tokens/s", "lowest", "highest", "of\nHF", "of\nmatmul", "of\nown", "MFU",
         "peak\nGB", "first\nstep",
     )  # fmt: skip
     table = narrow_table(title, headings)
     for name, result in comparison.results.items():
         table.add_row(name, *cells(comparison, name, result))
-    rates = spread([rate / 1e9 for rate in comparison.matmul])
     table.add_section()
-    table.add_row("GFLOP/s", *rates, *"-----")
+    for name, found in (("GFLOP/s", comparison.matmul), ("GFLOP/s, own", comparison.own)):
+        table.add_row(name, *spread([rate / 1e9 for rate in found]), *"------")
     losses = [result.first_loss for result in comparison.running().values()]
     table.caption = f"loss of the first step: {min(losses):.4f} to {max(losses):.4f}"
     return table
@@ -349,11 +360,12 @@ def table_of(comparison: Comparison) -> Table:
 
 def cells(comparison: Comparison, name: str, result: Result) -> list[str]:
     if result.problem:
-        return [result.problem, *"-------"]
+        return [result.problem, *"--------"]
     return [
         *spread(result.speeds),
         optional(comparison.ratio(name), ".2f"),
         f"{comparison.of_matmul(name):.0%}",
+        f"{comparison.of_own(name):.0%}",
         optional(comparison.mfu(name), ".1%"),
         optional(None if result.peak is None else result.peak / GB, ".1f"),
         f"{result.first_step:.1f} s",

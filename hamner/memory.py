@@ -102,7 +102,8 @@ def attention_bytes(work: Work) -> int:
     heads, hidden = config.num_attention_heads, config.hidden_size
     mask = size * work.length if work.packed else 0  # torch turns the mask into numbers to add
     flash = work.device_type == "cuda" and work.half and not work.packed  # as `model.attend` has it
-    keys = config.num_key_value_heads * config.head_dim if flash else hidden
+    groups = flash or work.device_type == "cpu"
+    keys = config.num_key_value_heads * config.head_dim if groups else hidden
     return size * 2 * (hidden + keys) + 4 * heads + mask
 
 

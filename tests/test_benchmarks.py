@@ -94,7 +94,7 @@ def test_train_step_shows_every_variant_in_80_columns(call: Callable[..., str]) 
     for name in train_step.VARIANTS:
         row = cells(output, name)
         assert all(float(value.replace(",", "")) > 0 for value in row[:4])
-        assert row[4].endswith("%") and row[5:7] == ["-", "-"]
+        assert row[4].endswith("%") and row[5].endswith("%") and row[6:8] == ["-", "-"]
     assert "…" not in output
     assert "1.00" in {cells(output, name)[3] for name in ("hf", "hf-compiled")}
     assert output.count("round ") == 2
@@ -149,7 +149,7 @@ def test_out_of_memory_is_listed_and_the_others_go_on(
     run = train_step.Variant.run
     monkeypatch.setattr(train_step, "hf_model", too_large)
     output = call(train_step, *SMALL_STEP, "--variants", "ours,hf")
-    assert cells(output, "hf")[:3] == ["out", "of", "memory"]
+    assert cells(output, "hf")[:2] == ["out", "of"]
     assert cells(output, "ours")[3] == "-"
 
     def later(self: train_step.Variant, steps: int) -> torch.Tensor:
@@ -179,9 +179,11 @@ def test_ratios_are_medians_of_the_rounds_own() -> None:
         job(),
         {"ours": result(20, 60, 30), "hf": result(10, 20, 30), "hf-compiled": result(9, 35, 9)},
         matmul=[40 * flops, 80 * flops, 120 * flops],
+        own=[25 * flops, 120 * flops, 40 * flops],
     )
     assert found.ratio("ours") == 2  # of 2, 3 and 1; hf-compiled is the slower by its median
     assert found.of_matmul("ours") == pytest.approx(0.5)  # of 1/2, 3/4 and 1/4
+    assert found.of_own("ours") == pytest.approx(0.75)  # of 4/5, 1/2 and 3/4
     assert found.mfu("ours") is None
     found.results["hf"].problem = "out of memory"
     assert found.ratio("ours") == pytest.approx(20 / 9)
@@ -262,6 +264,16 @@ def test_matmul_rate_is_that_of_the_fastest_shape() -> None:
     both = common.matmul_flops([(256, 256, 256), (1, 1, 1)], torch.float32, CPU, 0.05)
     assert 0 < flat < large / 10 and both > 10 * flat
     assert (8, 32, 320) in common.largest_products(TINY, 8)
+
+
+def test_own_products_are_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = sum(k * n * times for k, n, times in common.all_products(TINY))
+    assert weights == TINY.matmul_parameters()
+    # A product a second: the rate is the mean work of one, each as often as the model has it.
+    monkeypatch.setattr(common, "seconds_of", lambda work, device: work() or 1.0)
+    count = sum(times for *_, times in common.all_products(TINY))
+    rate = common.own_products_flops(TINY, 8, torch.float32, CPU)
+    assert rate == pytest.approx(2 * 8 * weights / count)
 
 
 def test_every_round_has_all_and_the_order_varies() -> None:
