@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -146,8 +147,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + torch.cat([-right, left], dim=-1) * sin).type_as(x)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+Mask = Tensor | list[int]  # who sees whom, or how many tokens each packed sequence has
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, causal: bool) -> Tensor:
     """Grouped-query attention (arXiv 2305.13245): q (B, H, T, D), k and v (B, K, S, D)."""
+    if isinstance(mask, list):
+        return attend_apart(q, k, v, mask)
     grouped = q.shape[1] != k.shape[1]
     flash = q.device.type == "cuda" and q.dtype != torch.float32 and mask is None
     if grouped and not (flash or q.device.type == "cpu"):  # the other kernels don't know of groups
@@ -157,6 +163,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
     )
+
+
+def attend_apart(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    """Causal attention within each of the sequences that stand in the rows, one after another.
+
+    A mask gives the same, but every token of a row is looked at: a step of recipe small with four
+    sequences in a row of 1,024 takes 1.3 times as long.
+    """
+    rows = [x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None] for x in (q, k, v)]
+    qs, ks, vs = (x.split(lengths, dim=2) for x in rows)  # (1, H or K, length, D)
+    y = torch.cat([attend(*each, None, True) for each in zip(qs, ks, vs, strict=True)], dim=2)
+    return y[0].transpose(0, 1).unflatten(0, (len(q), -1)).transpose(1, 2)  # (B, H, T, D)
 
 
 class Attention(nn.Module):
@@ -171,7 +189,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask | None, cache: KVCache | None
     ) -> Tensor:
         batch, length, _ = x.shape
         heads = (batch, length, -1, self.head_dim)
@@ -206,7 +224,7 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask | None, cache: KVCache | None
     ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -222,6 +240,7 @@ class Decoder(nn.Module):
             DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.compiled = False  # the layers are: lengths would have them compiled for every batch
         cos, sin = rotary_tables(config)
         self.cos: Tensor
         self.sin: Tensor
@@ -231,7 +250,10 @@ class Decoder(nn.Module):
     def forward(
         self, input_ids: Tensor, sequence_ids: Tensor | None, cache: KVCache | None
     ) -> Tensor:
+        mask: Mask | None
         positions, mask = positions_and_mask(input_ids, sequence_ids, cache)
+        if sequence_ids is not None and sequence_ids.device.type == "cpu" and not self.compiled:
+            mask = packed_lengths(sequence_ids)
         cos = self.cos[positions].unsqueeze(-3)  # (1 or B, 1, T, D)
         sin = self.sin[positions].unsqueeze(-3)
         x = self.embed_tokens(input_ids)  # (B, T, C)
@@ -261,6 +283,11 @@ def positions_and_mask(
         past = torch.arange(start + length, device=device)
         return index, (index[0][:, None] >= past)[None, None]
     return index, None
+
+
+def packed_lengths(sequence_ids: Tensor) -> list[int]:
+    """How many tokens each packed sequence of the rows (B, T) has, row after row."""
+    return [len(list(run)) for row in sequence_ids.tolist() for _, run in groupby(row)]
 
 
 class Transformer(nn.Module):

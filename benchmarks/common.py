@@ -20,7 +20,7 @@ from hamner.errors import UserError
 from hamner.machine import PRECISIONS, Machine, autocast, compile_layers
 from hamner.optim import LossScale, gradient_norm
 from hamner.recipe import Recipe, load_recipe
-from model import ModelConfig
+from model import ModelConfig, Transformer
 
 CPU_BATCHES = {"v4": (1, 512), "tiny": (32, 256)}  # sequences and their length that a CPU bears
 GB = 1e9
@@ -79,9 +79,9 @@ class OurStepper(Stepper):
         self.loss_scale.update(finite)
 
 
-def compile_blocks(model: nn.Module) -> None:
+def compile_blocks(model: Transformer) -> None:
     """Compile our model as training does: block by block, so that one compilation serves all."""
-    compile_layers(model.model.layers, Machine(next(model.parameters()).device))  # type: ignore
+    compile_layers(model, Machine(next(model.parameters()).device))
 
 
 def synchronize(device: torch.device) -> None:

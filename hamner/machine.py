@@ -183,7 +183,7 @@ def prepare_model(model: Transformer, recipe: Recipe, machine: Machine) -> nn.Mo
         for layer in layers:
             layer.forward = recomputing(layer.forward)
     if recipe.compile:
-        compile_layers(layers, machine)
+        compile_layers(model, machine)
     if sharded:
         shard(model, recipe, machine)
     if machine.ranks == 1 or sharded:
@@ -200,13 +200,14 @@ def prepare_model(model: Transformer, recipe: Recipe, machine: Machine) -> nn.Mo
     )
 
 
-def compile_layers(layers: nn.ModuleList, machine: Machine) -> None:
+def compile_layers(model: Transformer, machine: Machine) -> None:
     """Compile each layer's forward: one compilation serves all, as they have the same code."""
     reason = why_not_compile(machine.device)
     if reason:
         print(f"not compiled: {reason}")
         return
-    for layer in layers:
+    model.model.compiled = True
+    for layer in model.model.layers:
         layer.forward = torch.compile(layer.forward)
 
 

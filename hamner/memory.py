@@ -100,11 +100,13 @@ def attention_bytes(work: Work) -> int:
     """Per token of a layer: queries, keys, values, output, and what the softmax leaves."""
     config, size = work.config, 2 if work.half else 4
     heads, hidden = config.num_attention_heads, config.hidden_size
-    mask = size * work.length if work.packed else 0  # torch turns the mask into numbers to add
+    apart = work.packed and work.device_type == "cpu" and not work.compiled  # `attend_apart`
+    # torch turns a mask into numbers to add; the sequences' outputs are put together in a copy
+    packing = size * (hidden if apart else work.length) if work.packed else 0
     flash = work.device_type == "cuda" and work.half and not work.packed  # as `model.attend` has it
     groups = flash or work.device_type == "cpu"
     keys = config.num_key_value_heads * config.head_dim if groups else hidden
-    return size * 2 * (hidden + keys) + 4 * heads + mask
+    return size * 2 * (hidden + keys) + 4 * heads + packing
 
 
 def backward_bytes(work: Work) -> int:

@@ -25,6 +25,7 @@ from model import (
     attend,
     count_labels,
     head_loss,
+    packed_lengths,
 )
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -303,6 +304,21 @@ def test_packed_sequences_have_the_gradients_that_they_have_alone(small: Transfo
     alone = gradients(small, lambda: torch.cat(losses_alone(small, row)).sum())
     for name, expected in alone.items():
         close(packed[name], expected, 1e-5 * float(1 + expected.abs().max()))
+
+
+def test_sequences_apart_and_by_a_mask_are_the_same(small: Transformer) -> None:
+    ids, sequence_ids = some_ids(SMALL, 3, 20), torch.zeros(3, 20, dtype=torch.long)
+    sequence_ids[0, 7:], sequence_ids[0, 19:], sequence_ids[2, 12:] = 1, -1, 5
+    assert packed_lengths(sequence_ids) == [7, 12, 1, 20, 12, 8]
+
+    def loss() -> Tensor:
+        return small(ids, ids, sequence_ids=sequence_ids, reduction="none").loss
+
+    apart, apart_gradients = loss(), gradients(small, lambda: loss().sum())
+    small.model.compiled = True
+    close(apart, loss(), 1e-5)
+    for name, expected in gradients(small, lambda: loss().sum()).items():
+        close(apart_gradients[name], expected, 1e-5 * float(1 + expected.abs().max()))
 
 
 def test_no_loss_is_taken_across_a_border_between_sequences(small: Transformer) -> None:
