@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ class Sampling:
     repetition_penalty: float  # 1 is off
     max_new_tokens: int
     seed: int | None = None
+    min_p: float = 0.0  # 0 is off
 
 
 def penalise(logits: Tensor, ids: Sequence[int], penalty: float) -> Tensor:
@@ -33,14 +35,22 @@ def penalise(logits: Tensor, ids: Sequence[int], penalty: float) -> Tensor:
     return logits.index_copy(0, index, torch.where(chosen > 0, chosen / penalty, chosen * penalty))
 
 
-def filtered(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Logits (V) with all but the top_k, and all beyond cumulative probability top_p, at -inf."""
+def filtered(logits: Tensor, top_k: int, top_p: float, min_p: float = 0.0) -> Tensor:
+    """Logits (V) with -inf for what may not be drawn.
+
+    Left are the top_k likeliest (of equals, any), of these the fewest that reach the probability
+    top_p together (1904.09751), of these those at least min_p times as likely as the likeliest
+    (2407.01082).
+    """
     if 0 < top_k < logits.numel():
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
+        best, index = logits.topk(top_k)
+        logits = torch.full_like(logits, -torch.inf).index_copy(0, index, best)
     if top_p < 1.0:
         ordered, index = logits.sort(descending=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # of the likelier ones
-        logits = logits.index_fill(0, index[before >= top_p], -torch.inf)
+        logits = logits.scatter(0, index, ordered.masked_fill(before >= top_p, -torch.inf))
+    if min_p > 0.0:
+        logits = logits.masked_fill(logits < logits.max() + math.log(min_p), -torch.inf)
     return logits
 
 
@@ -52,16 +62,20 @@ def choose(
         return int(logits.argmax())
     logits = penalise(logits.float(), answer, sampling.repetition_penalty)
     logits = (logits - logits.max()) / max(sampling.temperature, 1e-6)  # the best one stays at 0
-    logits = filtered(logits, sampling.top_k, sampling.top_p)
+    logits = filtered(logits, sampling.top_k, sampling.top_p, sampling.min_p)
     return int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
 
 
 def generate_ids(
-    model: Transformer, prompt: Sequence[int], sampling: Sampling, stop: Collection[int]
+    model: Transformer,
+    prompt: Sequence[int],
+    sampling: Sampling,
+    stop: Collection[int],
+    control: Collection[int] = (),
 ) -> Iterator[int]:
     """New ids one by one, until a stop id (not yielded), max_new_tokens, or a full context.
 
-    The repetition penalty looks at the answer alone, not at the prompt.
+    The repetition penalty looks at the answer alone, not at the prompt, and not at `control` ids.
 
     Raises:
         ValueError: the prompt is empty or fills the context.
@@ -77,7 +91,7 @@ def generate_ids(
         generator.manual_seed(sampling.seed)
     count = min(room, sampling.max_new_tokens)
     cache = KVCache(model.config, 1, len(prompt) + count, weight.dtype, weight.device)
-    answer: list[int] = []
+    answer: list[int] = []  # what the penalty looks at
     new = list(prompt)
     for _ in range(count):
         # no_grad stands inside: it must not leak to whoever consumes the generator between tokens
@@ -87,7 +101,8 @@ def generate_ids(
             id_ = choose(logits, answer, sampling, generator)
         if id_ in stop:
             return
-        answer.append(id_)
+        if id_ not in control:
+            answer.append(id_)
         new = [id_]
         yield id_
 
@@ -98,7 +113,7 @@ def generate_text(
     """The continuation of a prompt as pieces of text, up to `<|im_end|>` or `<|endoftext|>`."""
     stream = tokenizer.decode_stream()
     stop = (tokenizer.im_end, tokenizer.end_of_text)
-    for id_ in generate_ids(model, prompt, sampling, stop):
+    for id_ in generate_ids(model, prompt, sampling, stop, tokenizer.control_ids):
         text = stream.add(id_)
         if text:
             yield text

@@ -145,6 +145,7 @@ class SamplingPart(Part):
     temperature: Annotated[float, Field(ge=0)]  # 0 is greedy
     top_k: Whole  # 0 is off
     top_p: Annotated[float, Field(gt=0, le=1)]
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0  # 0 is off
     repetition_penalty: Annotated[float, Field(ge=1)]
     max_new_tokens: Count
 

@@ -225,6 +225,16 @@ def test_the_penalty_lowers_positive_and_negative_logits() -> None:
     assert penalise(logits, [], 2.0).tolist() == logits.tolist()
 
 
+def test_control_ids_are_never_penalised(model: Transformer) -> None:
+    penalised = replace(FREE, repetition_penalty=1e6, max_new_tokens=20, top_k=1)
+    assert len(set(answer(model, penalised))) == 20  # nothing comes twice
+    free = answer(model, replace(FREE, top_k=1, max_new_tokens=60))
+    repeated = [id_ for id_, count in Counter(free).items() if count > 1]
+    assert repeated, "the greedy answer should repeat something"
+    spared = list(generate_ids(model, PROMPT, replace(penalised, max_new_tokens=60), (), repeated))
+    assert max(Counter(spared)[id_] for id_ in repeated) > 1
+
+
 # Filters
 
 
@@ -270,6 +280,24 @@ def test_top_p_leaves_the_fewest_that_reach_p_together(
     assert allowed(filtered(torch.tensor(values), top_k, top_p)) == set(kept)
 
 
+@quick
+@given(values=distinct_logits, min_p=st.floats(0.01, 1.0))
+def test_min_p_leaves_what_is_likely_enough_beside_the_likeliest(
+    values: list[float], min_p: float
+) -> None:
+    likelihood = softmax(values)
+    ratios = [p / max(likelihood) for p in likelihood]
+    assume(all(abs(ratio - min_p) > 1e-5 or ratio == 1 for ratio in ratios))
+    expected = {i for i, ratio in enumerate(ratios) if ratio >= min_p}
+    assert allowed(filtered(torch.tensor(values), 0, 1.0, min_p)) == expected
+
+
+def test_of_equals_top_k_leaves_no_more_than_k() -> None:
+    logits = torch.tensor([1.0, 2.0, 1.0, 1.0, 0.0])
+    found = allowed(filtered(logits, 3, 1.0))
+    assert len(found) == 3 and 1 in found and 4 not in found
+
+
 def test_filters_by_hand() -> None:
     logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()
     assert allowed(filtered(logits, 0, 1.0)) == {0, 1, 2, 3}
@@ -279,6 +307,8 @@ def test_filters_by_hand() -> None:
     assert allowed(filtered(logits, 0, 0.49)) == {1}
     assert allowed(filtered(logits, 0, 0.7)) == {1, 3}
     assert allowed(filtered(logits, 0, 0.8)) == {1, 2, 3}
+    assert allowed(filtered(logits, 0, 1.0, 0.3)) == {1, 2, 3}  # from 0.15 on
+    assert allowed(filtered(logits, 0, 0.7, 0.51)) == {1}
     assert allowed(filtered(logits, 2, 0.6)) == {1}  # of these two, the likelier has 2/3
 
 
