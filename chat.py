@@ -16,6 +16,7 @@ import torch
 
 from hamner import checkpoints
 from hamner.errors import UserError, nearest, run
+from hamner.files import write_json_lines
 from hamner.generation import Sampling, fit_context, generate_text
 from hamner.machine import pick_device
 from hamner.recipe import STAGES, load_recipe
@@ -29,6 +30,8 @@ COMMANDS = {
     "/temp N": "set the temperature; 0 always takes the likeliest word",
     "/system [TEXT]": "show or change the system prompt; changing it clears the conversation",
     "/history": "show the conversation so far",
+    "/retry": "have the last message answered anew",
+    "/save FILE": "write the conversation into a new file, as one line of training data",
     "/help": "this list",
 }
 SMALLEST_ANSWER = 16  # tokens that must stay free for an answer
@@ -98,6 +101,10 @@ class Chat:
         elif word == "/history":
             for message in self.messages:
                 print(f"{message['role']}: {message['content']}")
+        elif word == "/retry":
+            self._retry()
+        elif word == "/save":
+            self._save(rest)
         elif word == "/help":
             for name, meaning in COMMANDS.items():
                 print(f"  {name:15} {meaning}")
@@ -105,6 +112,34 @@ class Chat:
             known = [name.split()[0] for name in COMMANDS]
             print(f"unknown command {word}{nearest(word, known)}; /help lists them")
         return True
+
+    def _retry(self) -> None:
+        if not self.messages:
+            print("there is nothing to answer yet")
+            return
+        *self.messages, question, _ = self.messages
+        if self.sampling.seed is not None:  # or the answer would be the same
+            self.sampling = replace(self.sampling, seed=self.sampling.seed + 1)
+        print("Al: ", end="", flush=True)
+        self.answer(question["content"])
+
+    def _save(self, name: str) -> None:
+        if not name or not self.messages:
+            print(
+                "give a file name: /save FILE" if self.messages else "there is nothing to save yet"
+            )
+            return
+        path = Path(name).expanduser()
+        if path.exists():
+            print(f"{path} is there already: give another name")
+            return
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        try:
+            write_json_lines(path, [{"messages": [*system, *self.messages]}])
+        except OSError as error:
+            print(f"not saved: {error.strerror}: {path}")
+            return
+        print(f"saved as {path}")
 
     def _set_temperature(self, text: str) -> None:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import json
 import random
 import shutil
 import subprocess
@@ -276,8 +277,33 @@ def test_blank_lines_are_not_answered(say: Say, parrot: Parrot) -> None:
 
 def test_help_lists_every_command(say: Say) -> None:
     out = say(lines=["/help"])[1]
-    for word in ("/quit", "/clear", "/temp", "/system", "/history", "/help"):
+    for word in ("/quit", "/clear", "/temp", "/system", "/history", "/retry", "/save", "/help"):
         assert word in out
+
+
+def test_retry_answers_the_last_message_anew(say: Say, parrot: Parrot) -> None:
+    out = say("--seed", "4", lines=["/retry", "one", "two", "/retry", "/history"])[1]
+    assert "there is nothing to answer yet\n" in out
+    told = "user: one\nassistant: an answer\nuser: two\nassistant: an answer\n"
+    assert out.endswith(f"Al: an answer\n{told}bye\n")
+    assert out.count("Al: an answer\n") == 3
+    assert parrot.prompts[1] == parrot.prompts[2] != parrot.prompts[0]
+    assert [sampling.seed for sampling in parrot.samplings] == [4, 4, 5]
+
+
+def test_save_writes_a_line_of_training_data_and_overwrites_nothing(
+    say: Say, parrot: Parrot, tmp_path: Path
+) -> None:
+    path, below = tmp_path / "talk.jsonl", tmp_path / "talk.jsonl" / "x"
+    lines = ["/save", f"/save {path}", "hello", "/save", f"/save {path}", "more"]
+    out = say("--system", "be brief", lines=[*lines, f"/save {path}", f"/save {below}"])[1]
+    assert out.count("there is nothing to save yet\n") == 2
+    assert "give a file name: /save FILE\n" in out
+    assert f"saved as {path}\n" in out and f"{path} is there already: give another name\n" in out
+    assert f"not saved: Not a directory: {below}\n" in out or "not saved: File exists" in out
+    turns = [("system", "be brief"), ("user", "hello"), ("assistant", "an answer")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    assert [json.loads(line) for line in path.open()] == [{"messages": messages}]
 
 
 def test_the_conversation_is_remembered_and_clear_forgets_it(
