@@ -250,10 +250,8 @@ class Decoder(nn.Module):
     def forward(
         self, input_ids: Tensor, sequence_ids: Tensor | None, cache: KVCache | None
     ) -> Tensor:
-        mask: Mask | None
-        positions, mask = positions_and_mask(input_ids, sequence_ids, cache)
-        if sequence_ids is not None and sequence_ids.device.type == "cpu" and not self.compiled:
-            mask = packed_lengths(sequence_ids)
+        apart = input_ids.device.type == "cpu" and not self.compiled
+        positions, mask = positions_and_mask(input_ids, sequence_ids, cache, apart)
         cos = self.cos[positions].unsqueeze(-3)  # (1 or B, 1, T, D)
         sin = self.sin[positions].unsqueeze(-3)
         x = self.embed_tokens(input_ids)  # (B, T, C)
@@ -265,11 +263,12 @@ class Decoder(nn.Module):
 
 
 def positions_and_mask(
-    input_ids: Tensor, sequence_ids: Tensor | None, cache: KVCache | None
-) -> tuple[Tensor, Tensor | None]:
+    input_ids: Tensor, sequence_ids: Tensor | None, cache: KVCache | None, apart: bool
+) -> tuple[Tensor, Mask | None]:
     """Rotary positions (1 or B, T), and the attention mask (B or 1, 1, T, S), True = may look.
 
-    The mask is None where plain causal attention (or one new token after a cache) says it all.
+    The mask is None where plain causal attention (or one new token after a cache) says it all, and
+    the packed sequences' lengths where they are to attend `apart`.
     """
     length, device = input_ids.shape[1], input_ids.device
     start = cache.length if cache is not None else 0
@@ -277,6 +276,8 @@ def positions_and_mask(
     if sequence_ids is not None:
         begins = sequence_ids[:, 1:] != sequence_ids[:, :-1]
         first = torch.where(F.pad(begins, (1, 0)), index, 0).cummax(dim=1).values  # (B, T)
+        if apart:
+            return index - first, packed_lengths(sequence_ids)
         same = sequence_ids[:, None, :, None] == sequence_ids[:, None, None, :]
         return index - first, same & (index[0][:, None] >= index[0])
     if start and length > 1:
