@@ -124,10 +124,11 @@ class Chat:
         self.answer(question["content"])
 
     def _save(self, name: str) -> None:
-        if not name or not self.messages:
-            print(
-                "give a file name: /save FILE" if self.messages else "there is nothing to save yet"
-            )
+        if not self.messages:
+            print("there is nothing to save yet")
+            return
+        if not name:
+            print("give a file name: /save FILE")
             return
         path = Path(name).expanduser()
         if path.exists():

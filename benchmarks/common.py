@@ -7,7 +7,6 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from statistics import median
 from typing import Any
 
@@ -107,7 +106,6 @@ def matmul_flops(
     seconds: float = 1.0,
 ) -> float:
     """FLOP/s of products (m, k) x (k, n): the fastest of all that fit the time."""
-    together = 20 if device.type == "cuda" else 1  # launched at once, or the launching is measured
     best = 0.0
     for m, k, n in shapes:
         a = torch.randn(m, k, device=device).to(dtype)
@@ -115,16 +113,21 @@ def matmul_flops(
         out = a @ b
         end = time.perf_counter() + seconds / len(shapes)
         while True:
-            took = seconds_of(partial(multiply, a, b, out, together), device)
-            best = max(best, together * 2 * m * k * n / took)
+            best = max(best, 2 * m * k * n / seconds_of_product(a, b, out))
             if time.perf_counter() > end:
                 break
     return best
 
 
-def multiply(a: Tensor, b: Tensor, out: Tensor, times: int) -> None:
-    for _ in range(times):
-        torch.mm(a, b, out=out)
+def seconds_of_product(a: Tensor, b: Tensor, out: Tensor) -> float:
+    """What one product of a and b takes."""
+    together = 20 if a.is_cuda else 1  # launched at once, or the launching is measured
+
+    def work() -> None:
+        for _ in range(together):
+            torch.mm(a, b, out=out)
+
+    return seconds_of(work, a.device) / together
 
 
 def largest_products(config: ModelConfig, tokens: int) -> list[tuple[int, int, int]]:
@@ -155,7 +158,6 @@ def own_products_flops(
     Each of another size is measured so many times into memory at hand; its median counts as often
     as the model has it.
     """
-    together = 20 if device.type == "cuda" else 1
     flops = seconds = 0.0
     for k, n, times in all_products(config):
         x = torch.randn(tokens, k, device=device).to(dtype)
@@ -163,8 +165,7 @@ def own_products_flops(
         g = torch.randn(tokens, n, device=device).to(dtype)  # of the output
         for a, b in ((x, weight.T), (g, weight), (g.T, x)):
             out = a @ b
-            work = partial(multiply, a, b, out, together)
-            took = median(seconds_of(work, device) for _ in range(repeats)) / together
+            took = median(seconds_of_product(a, b, out) for _ in range(repeats))
             seconds += times * took
             flops += times * 2 * tokens * k * n
     return flops / seconds

@@ -150,8 +150,9 @@ def open_stage(stage: str, arguments: argparse.Namespace) -> Start | None:
 def resolved(recipe: Recipe, stage: str, machine: Machine) -> Recipe:
     """The recipe with every `auto` decided for this machine.
 
-    fp16 and compiling pay on a GPU; on a CPU both cost more than they bring: see
-    benchmarks/RESULTS.md. Activations are recomputed only where the memory doesn't hold them.
+    fp16 and compiling pay on a GPU. On a CPU fp16 costs more than it brings, and so does compiling
+    but in a run of hours: see docs/EXPERIMENTS.md. Activations are recomputed only where the memory
+    doesn't hold them.
 
     Raises:
         UserError: the ranks can't share a step of this stage evenly.
