@@ -8,21 +8,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from hamner import checkpoints
+from hamner.conversation import HIGHEST_TEMPERATURE, Conversation, Pieces, open_speaker
 from hamner.errors import UserError, nearest, run
 from hamner.files import write_json_lines
-from hamner.generation import Sampling, fit_context, generate_text
-from hamner.machine import pick_device
-from hamner.recipe import STAGES, load_recipe
-from hamner.stage import command
-from hamner.tokenization import Message, Tokenizer
-from model import Transformer
 
 COMMANDS = {
     "/quit": "leave (also Ctrl-D)",
@@ -34,150 +28,206 @@ COMMANDS = {
     "/save FILE": "write the conversation into a new file, as one line of training data",
     "/help": "this list",
 }
-SMALLEST_ANSWER = 16  # tokens that must stay free for an answer
+BOLD, DIM, GREEN = "1", "2", "1;32"
+WORDS = [name.split()[0] for name in COMMANDS]
+# A model writes bytes. Those that would command the terminal are shown as a box instead.
+HARMLESS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
-@dataclass
 class Chat:
-    """A conversation with a model: remembers the messages and makes the answers."""
+    """A conversation on a terminal, or through a pipe."""
 
-    model: Transformer
-    tokenizer: Tokenizer
-    sampling: Sampling
-    system: str = ""
-    messages: list[Message] = field(default_factory=list)
+    def __init__(self, conversation: Conversation):
+        self.conversation = conversation
+        plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
+        self.coloured = sys.stdout.isatty() and not plain
+
+    def say(self, text: str, style: str = "", end: str = "\n") -> None:
+        """Print text, in a style (numbers of ANSI's "select graphic rendition") on a terminal."""
+        text = text.translate(HARMLESS)
+        print(
+            f"\x1b[{style}m{text}\x1b[0m" if style and self.coloured else text, end=end, flush=True
+        )
 
     def answer(self, text: str) -> None:
-        """Print the answer to `text` as it comes, and remember both.
-
-        Ctrl-C stops the answer; what was said up to there is remembered.
+        """Print the answer to `text` as it comes; Ctrl-C stops it, and it alone.
 
         Raises:
             ValueError: the text doesn't fit into the context.
         """
-        self.messages.append({"role": "user", "content": text})
-        try:
-            prompt = self._prompt()
-        except ValueError:
-            self.messages.pop()
-            raise
-        pieces: list[str] = []
-        try:
-            for piece in generate_text(self.model, self.tokenizer, prompt, self.sampling):
-                pieces.append(piece)
-                print(piece if len(pieces) > 1 else piece.lstrip(), end="", flush=True)
-        except KeyboardInterrupt:
-            print(" [stopped]", end="")
-        print(flush=True)
-        self.messages.append({"role": "assistant", "content": "".join(pieces).strip()})
+        self._print(self.conversation.answer(text))
 
-    def _prompt(self) -> list[int]:
-        """Ids of the conversation; whole turns are forgotten, oldest first, to make room."""
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        context = self.model.config.max_position_embeddings
-        wanted = min(self.sampling.max_new_tokens, context // 2)
-        room = context - max(SMALLEST_ANSWER, wanted)
-        messages = [*system, *self.messages]
+    def _print(self, pieces: Pieces, label: str = "") -> None:
+        self.say(label, style=GREEN, end="")
+        with contextlib.closing(pieces):
+            try:
+                for piece in pieces:
+                    self.say(piece, end="")
+            except KeyboardInterrupt:
+                self.say(" [stopped]", style=DIM, end="")
+        self.say("")
+
+    def hear(self, line: str) -> bool:
+        """Answer a line, or carry out the /command that it is; returns False if it was /quit."""
+        if line.startswith("/"):
+            return self.obey(line)
+        if line:
+            self._respond(lambda: self.conversation.answer(line))
+        return True
+
+    def _respond(self, begin: Callable[[], Pieces]) -> None:
         try:
-            prompt, kept = fit_context(self.tokenizer, messages, room)
-        except ValueError:  # take some of the answer's room, if that is enough
-            prompt, kept = fit_context(self.tokenizer, messages, context - SMALLEST_ANSWER)
-        self.messages = list(kept[len(system) :])
-        return prompt
+            pieces = begin()
+        except ValueError as error:
+            self.say(str(error))
+            return
+        self._print(pieces, "Al: ")
 
     def obey(self, line: str) -> bool:
         """Carry out a /command; returns False if it was /quit."""
         word, _, rest = line.partition(" ")
-        rest = rest.strip()
+        commands: dict[str, Callable[[str], None]] = {
+            "/clear": self._clear,
+            "/temp": self._set_temperature,
+            "/system": self._set_system,
+            "/history": self._show_history,
+            "/retry": lambda _: self._respond(self.conversation.retry),
+            "/save": self._save,
+            "/help": self._help,
+        }
         if word in ("/quit", "/exit", "/q"):
             return False
-        if word == "/clear":
-            self.messages.clear()
-            print("cleared")
-        elif word == "/temp":
-            self._set_temperature(rest)
-        elif word == "/system":
-            self._set_system(rest)
-        elif word == "/history":
-            for message in self.messages:
-                print(f"{message['role']}: {message['content']}")
-        elif word == "/retry":
-            self._retry()
-        elif word == "/save":
-            self._save(rest)
-        elif word == "/help":
-            for name, meaning in COMMANDS.items():
-                print(f"  {name:15} {meaning}")
+        if word in commands:
+            commands[word](rest.strip())
         else:
-            known = [name.split()[0] for name in COMMANDS]
-            print(f"unknown command {word}{nearest(word, known)}; /help lists them")
+            self.say(f"unknown command {word}{nearest(word, WORDS)}; /help lists them")
         return True
 
-    def _retry(self) -> None:
-        if not self.messages:
-            print("there is nothing to answer yet")
-            return
-        *self.messages, question, _ = self.messages
-        if self.sampling.seed is not None:  # or the answer would be the same
-            self.sampling = replace(self.sampling, seed=self.sampling.seed + 1)
-        print("Al: ", end="", flush=True)
-        self.answer(question["content"])
-
-    def _save(self, name: str) -> None:
-        if not self.messages:
-            print("there is nothing to save yet")
-            return
-        if not name:
-            print("give a file name: /save FILE")
-            return
-        path = Path(name).expanduser()
-        if path.exists():
-            print(f"{path} is there already: give another name")
-            return
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        try:
-            write_json_lines(path, [{"messages": [*system, *self.messages]}])
-        except OSError as error:
-            print(f"not saved: {error.strerror}: {path}")
-            return
-        print(f"saved as {path}")
+    def _clear(self, _: str) -> None:
+        self.conversation.messages.clear()
+        self.say("cleared")
 
     def _set_temperature(self, text: str) -> None:
-        try:
-            value = float(text)
-        except ValueError:
-            value = -1.0
-        if not 0 <= value <= 10:
-            print(
-                f"give a number from 0 to 10, such as /temp 0.7 (now {self.sampling.temperature:g})"
-            )
+        sampling = self.conversation.sampling
+        value = float(text) if is_number(text) else -1.0
+        if not 0 <= value <= HIGHEST_TEMPERATURE:
+            allowed = f"a number from 0 to {HIGHEST_TEMPERATURE}"
+            self.say(f"give {allowed}, such as /temp 0.7 (now {sampling.temperature:g})")
             return
-        self.sampling = replace(self.sampling, temperature=value)
-        print(f"temperature {value:g}")
+        self.conversation.sampling = replace(sampling, temperature=value)
+        self.say(f"temperature {value:g}")
 
     def _set_system(self, text: str) -> None:
         if text:
-            self.system = text
-            self.messages.clear()
-        print(self.system or "no system prompt")
+            self.conversation.system = text
+            self.conversation.messages.clear()
+        self.say(self.conversation.system or "no system prompt")
+
+    def _show_history(self, _: str) -> None:
+        for message in self.conversation.messages:
+            self.say(f"{message['role']}: {message['content']}")
+
+    def _save(self, name: str) -> None:
+        if not self.conversation.messages:
+            self.say("there is nothing to save yet")
+            return
+        if not name:
+            self.say("give a file name: /save FILE")
+            return
+        path = Path(name).expanduser()
+        if path.exists():
+            self.say(f"{path} is there already: give another name")
+            return
+        messages = self.conversation.with_system(self.conversation.messages)
+        try:
+            write_json_lines(path, [{"messages": messages}])
+        except OSError as error:
+            self.say(f"not saved: {error.strerror}: {path}")
+            return
+        self.say(f"saved as {path}")
+
+    def _help(self, _: str) -> None:
+        for name, meaning in COMMANDS.items():
+            self.say(f"  {name:15} {meaning}")
 
 
-def best_checkpoint(recipe_name: str) -> Path:
-    """The checkpoint of the latest stage that there is, the best one of it.
+def is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+# ------------------------------------------------------------------------------ reading lines
+
+
+def piped_line() -> str:
+    """The next line of a pipe, echoed, so that what comes out reads like a dialogue.
 
     Raises:
-        UserError: there is none yet.
+        EOFError: there is none left.
     """
-    recipe = load_recipe(recipe_name)
-    for stage in reversed(STAGES):
-        for name in ("best.pt", "latest.pt"):
-            path = recipe.folder(stage) / name
-            if path.exists():
-                return path
-    raise UserError(
-        f"recipe {recipe.name} has no checkpoint yet: train one with "
-        f"`{command('base', recipe_name)}`, or type `make demo` for a small one in minutes"
+    line = input().strip()
+    if line and not line.startswith("/"):
+        print(f"You: {line.translate(HARMLESS)}")
+    return line
+
+
+def typed_lines() -> Callable[[], str]:
+    """A function that has a line typed: editing, history over sessions, /commands completed.
+
+    Ctrl-C empties the line; on an empty one it raises KeyboardInterrupt, Ctrl-D raises EOFError.
+    """
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import WordCompleter
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+    keys = KeyBindings()
+
+    @keys.add("c-c")
+    def _(event: KeyPressEvent) -> None:
+        if event.current_buffer.text:
+            event.current_buffer.reset()
+        else:
+            event.app.exit(exception=KeyboardInterrupt())
+
+    path = history_file()
+    session: PromptSession[str] = PromptSession(
+        [("bold ansiblue", "You: ")],
+        history=FileHistory(str(path)) if path else InMemoryHistory(),
+        completer=WordCompleter(WORDS, sentence=True),
+        complete_while_typing=False,
+        key_bindings=keys,
     )
+
+    return lambda: session.prompt().strip()
+
+
+def history_file() -> Path | None:
+    """Where typed lines are kept for the next session; None where that can't be written."""
+    folder = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
+    path = folder / "chat_hamner" / "history"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.touch(mode=0o600)
+    except (OSError, RuntimeError):
+        return None
+    return path
+
+
+def talk(chat: Chat, read: Callable[[], str]) -> None:
+    """Read and answer until /quit or the end of input."""
+    try:
+        while chat.hear(read()):
+            pass
+    except (EOFError, KeyboardInterrupt):
+        pass
+    chat.say("bye")
+
+
+# ------------------------------------------------------------------------------ the script
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -190,72 +240,48 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--system", help="system prompt; '' for none")
     parser.add_argument("--prompt", help="answer this and leave")
     parser.add_argument("--seed", type=int, help="make the answers repeatable")
-    parser.add_argument("--cpu", action="store_true", help="stay off the GPU")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    parser.add_argument("--cpu", action="store_true", help="short for --device cpu")
     return parser.parse_args()
 
 
-def open_chat(arguments: argparse.Namespace) -> tuple[Chat, str]:
-    """The chat that the arguments ask for, and a line that says who is speaking."""
-    path = arguments.checkpoint or best_checkpoint(arguments.recipe)
-    checkpoint = checkpoints.load(path)
-    recipe = checkpoint["recipe"]
-    device = pick_device("cpu" if arguments.cpu else "auto")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = checkpoints.load_model(checkpoint, path).to(device, dtype).eval()
-    sampling = Sampling(**recipe["sampling"], seed=arguments.seed)
-    if arguments.temp is not None:
-        if not 0 <= arguments.temp <= 10:
-            raise UserError(f"--temp must be from 0 to 10, got {arguments.temp:g}")
-        sampling = replace(sampling, temperature=arguments.temp)
-    system = recipe["system_prompt"] if arguments.system is None else arguments.system
-    chat = Chat(model, checkpoints.load_tokenizer(checkpoint), sampling, system)
-    size = model.config.num_parameters()
-    about = f"{path} (stage {checkpoint['stage']}, step {checkpoint['step']:,})"
-    return chat, f"{about}, {size:,} parameters on {device}"
+def open_chat(arguments: argparse.Namespace) -> Chat:
+    """The chat that the arguments ask for.
+
+    Raises:
+        UserError: an argument is out of range, or there is no such checkpoint.
+    """
+    temperature = arguments.temp
+    if temperature is not None and not 0 <= temperature <= HIGHEST_TEMPERATURE:
+        allowed = f"from 0 to {HIGHEST_TEMPERATURE}"
+        raise UserError(f"--temp must be {allowed}, got {temperature:g}")
+    device = "cpu" if arguments.cpu else arguments.device
+    speaker = open_speaker(arguments.recipe, arguments.checkpoint, device)
+    sampling = replace(speaker.sampling, seed=arguments.seed)
+    if temperature is not None:
+        sampling = replace(sampling, temperature=temperature)
+    system = speaker.system if arguments.system is None else arguments.system
+    return Chat(Conversation(speaker, sampling, system))
 
 
-def say(chat: Chat, text: str) -> None:
-    try:
-        chat.answer(text)
-    except ValueError as error:
-        print(f"{error}; say it shorter")
-
-
-def talk(chat: Chat) -> None:
-    """Read and answer until /quit or the end of input."""
-    interactive = sys.stdin.isatty()
-    while True:
-        try:
-            line = input("You: " if interactive else "").strip()
-        except (EOFError, KeyboardInterrupt):
-            print("\nbye" if interactive else "bye")
-            return
-        if line.startswith("/"):
-            if not chat.obey(line):
-                print("bye")
-                return
-        elif line:
-            if not interactive:
-                print(f"You: {line}")
-            print("Al: ", end="", flush=True)
-            say(chat, line)
+def show_banner(chat: Chat) -> None:
+    chat.say(str(chat.conversation.speaker), style=BOLD)
+    chat.say("/help lists the commands, Ctrl-D leaves", style=DIM)
 
 
 def main() -> int:
     arguments = parse_arguments()
-    chat, about = open_chat(arguments)
+    if arguments.prompt is not None and not arguments.prompt.strip():
+        raise UserError("--prompt is empty: give it something to answer")
+    chat = open_chat(arguments)
     if arguments.prompt is not None:
-        if not arguments.prompt.strip():
-            raise UserError("--prompt is empty: give it something to answer")
         try:
             chat.answer(arguments.prompt.strip())
         except ValueError as error:
-            raise UserError(f"{error}; say it shorter") from None
+            raise UserError(str(error)) from None
         return 0
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (line editing and history for input())
-    print(f"{about}\n/help lists the commands, Ctrl-D leaves")
-    talk(chat)
+    show_banner(chat)
+    talk(chat, typed_lines() if sys.stdin.isatty() else piped_line)
     return 0
 
 

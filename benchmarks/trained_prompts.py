@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from chat import best_checkpoint
 from hamner import checkpoints
+from hamner.conversation import best_checkpoint
 from hamner.errors import UserError, run
 from hamner.generation import Sampling, generate_text
 from hamner.recipe import load_recipe

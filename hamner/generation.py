@@ -140,4 +140,5 @@ def fit_context(
         ids, _ = tokenizer.chat(kept, answer_next=True)
         if len(ids) <= room:
             return ids, kept
-    raise ValueError(f"the message is too long: {len(ids)} tokens where {room} fit")
+    too_long = f"the message is too long: {len(ids)} tokens where {room} fit"
+    raise ValueError(f"{too_long}; say it shorter")

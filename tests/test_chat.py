@@ -6,9 +6,9 @@ import inspect
 import io
 import json
 import random
-import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,17 @@ import conftest
 import pytest
 import torch
 from conftest import ROOT, Workshop, some_text
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
 
 import chat
 import train_chat_pretrain
 import train_pretrain
-from chat import Chat, best_checkpoint
-from hamner import checkpoints, training
-from hamner.errors import UserError, run
+from chat import Chat
+from hamner import checkpoints, conversation, training
+from hamner.conversation import Conversation, Speaker
+from hamner.errors import run
 from hamner.generation import Sampling
 from hamner.tokenization import Tokenizer
 
@@ -103,7 +107,9 @@ def open_chat(trained: Workshop) -> Callable[..., Chat]:
     def open_chat(system: str = "") -> Chat:
         model = checkpoints.load_model(checkpoint, path).eval()
         sampling = Sampling(0.7, 20, 0.9, 1.1, max_new_tokens=8, seed=1)
-        return Chat(model, checkpoints.load_tokenizer(checkpoint), sampling, system)
+        tokenizer = checkpoints.load_tokenizer(checkpoint)
+        speaker = Speaker(model, tokenizer, sampling, "", path, "chat", 12)
+        return Chat(Conversation(speaker, sampling, system))
 
     return open_chat
 
@@ -111,7 +117,7 @@ def open_chat(trained: Workshop) -> Callable[..., Chat]:
 @pytest.fixture
 def parrot(monkeypatch: pytest.MonkeyPatch) -> Parrot:
     parrot = Parrot(" an", " answer")
-    monkeypatch.setattr(chat, "generate_text", parrot)
+    monkeypatch.setattr(conversation, "generate_text", parrot)
     return parrot
 
 
@@ -171,7 +177,7 @@ def test_temperature_0_needs_no_seed_to_repeat_the_answer(say: Say) -> None:
 def test_the_prompt_comes_with_the_recipes_system_prompt(
     say: Say, parrot: Parrot, open_chat: Callable[..., Chat]
 ) -> None:
-    tokenizer = open_chat().tokenizer
+    tokenizer = open_chat().conversation.speaker.tokenizer
     user = {"role": "user", "content": "the dog"}
     for arguments, system in (((), "be kind"), (("--system", "be rude"), "be rude")):
         assert say("--prompt", " the dog ", *arguments)[:2] == (0, "an answer\n")
@@ -231,26 +237,6 @@ def test_a_checkpoint_whose_recipe_had_other_keys_can_still_be_talked_to(
     checkpoint["recipe"]["sft"]["a_field_of_old"] = 1
     checkpoints.write_whole(tmp_path / "old.pt", checkpoint)
     assert say("--checkpoint", str(tmp_path / "old.pt"), "--prompt", "hello")[0] == 0
-
-
-def test_it_talks_to_the_latest_stage_and_to_its_best_checkpoint(
-    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(workshop.folder)
-    recipe = str(workshop.recipe)
-    with pytest.raises(UserError, match="no checkpoint yet"):
-        best_checkpoint(recipe)
-    for name in (
-        "base/latest.pt", "anneal/latest.pt", "chat/latest.pt", "sft/latest.pt", "sft/best.pt",
-        "dpo/latest.pt", "dpo/best.pt",
-    ):  # fmt: skip
-        path = Path("checkpoints/micro", name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        assert best_checkpoint(recipe) == path
-    for stage in ("base", "anneal", "chat", "sft"):  # earlier stages change nothing any more
-        shutil.rmtree(Path("checkpoints/micro", stage))
-        assert best_checkpoint(recipe) == Path("checkpoints/micro/dpo/best.pt")
 
 
 # ------------------------------------------------------------------------------ the dialogue
@@ -313,7 +299,7 @@ def test_the_conversation_is_remembered_and_clear_forgets_it(
     told = "user: one\nassistant: an answer\nuser: two\nassistant: an answer\n"
     assert out.count(told) == 1 and out.count("user: ") == 2
     assert "cleared\n" in out
-    tokenizer = open_chat().tokenizer
+    tokenizer = open_chat().conversation.speaker.tokenizer
 
     def prompt(*contents: str) -> list[int]:
         turns = [
@@ -345,7 +331,7 @@ def test_system_shows_and_changes_the_system_prompt(
     out = say(lines=["one", "/system", "two", "/system talk like a cat", "three", "/history"])[1]
     assert "be kind\n" in out and "talk like a cat\n" in out
     assert "user: one" not in out and "user: three" in out
-    tokenizer = open_chat().tokenizer
+    tokenizer = open_chat().conversation.speaker.tokenizer
     assert len(parrot.prompts[1]) > len(parrot.prompts[0])
     messages = [
         {"role": "system", "content": "talk like a cat"},
@@ -374,6 +360,92 @@ def test_a_command_like_no_other_is_unknown_without_a_guess(say: Say, parrot: Pa
     assert not parrot.prompts
 
 
+# ------------------------------------------------------------------------------ a terminal
+
+
+Typed = Callable[..., Iterator[str]]
+
+
+@pytest.fixture
+def typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Typed:
+    """Reads lines as chat.py does on a terminal; the keys of each come when the last is read."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+    def typed(*lines: str) -> Iterator[str]:
+        with create_pipe_input() as pipe, create_app_session(pipe, DummyOutput()):
+            read = chat.typed_lines()
+            for keys in lines:
+                for number, key in enumerate(keys.split(PAUSE)):
+                    threading.Timer(0.3 * number, pipe.send_text, [key]).start()
+                yield read()
+
+    return typed
+
+
+LEFT, UP, TAB, PAUSE = "\x1b[D", "\x1b[A", "\t", "(pause)"
+
+
+def test_lines_are_edited_and_history_and_commands_are_at_hand(typed: Typed) -> None:
+    lines = typed(f"helo{LEFT}l\r", f"{PAUSE}{UP}!\r", f"/his{TAB}{PAUSE}\r")
+    assert list(lines) == ["hello", "hello!", "/history"]
+    later = typed(f"{PAUSE}{UP}{UP}{PAUSE}\r")  # another session remembers
+    assert list(later) == ["hello!"]
+
+
+def test_ctrl_c_empties_the_line_and_then_leaves(typed: Typed) -> None:
+    lines = typed("a mistake\x03hello\r", "\x03")
+    assert next(lines) == "hello"
+    with pytest.raises(KeyboardInterrupt):
+        next(lines)
+
+
+def test_ctrl_d_ends_the_input(typed: Typed) -> None:
+    with pytest.raises(EOFError):
+        next(typed("\x04"))
+
+
+def test_a_history_that_can_not_be_written_is_done_without(
+    typed: Typed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    assert chat.history_file() is None
+    assert next(typed("hello\r")) == "hello"
+
+
+def test_what_is_typed_is_for_its_owner_alone(typed: Typed, tmp_path: Path) -> None:
+    next(typed("a secret\r"))
+    path = tmp_path / "state/chat_hamner/history"
+    assert "a secret" in path.read_text() and path.stat().st_mode & 0o077 == 0
+
+
+def test_an_answer_can_not_command_the_terminal(
+    say: Say, parrot: Parrot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parrot.pieces = ("a\x1b[2J\x07", "\tb\n", "\x9bc [bold]d[/bold] :smile:")
+    out = say(lines=["hello", "/history"])[1]
+    safe = "a\ufffd[2J\ufffd\tb\n\ufffdc [bold]d[/bold] :smile:"
+    assert f"Al: {safe}\n" in out and f"assistant: {safe}\n" in out
+
+
+def test_there_are_colours_on_a_terminal_alone(
+    open_chat: Callable[..., Chat], parrot: Parrot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    shown = {}
+    for kind in (io.StringIO, Terminal):
+        monkeypatch.setattr(sys, "stdout", kind())
+        open_chat().hear("hello")
+        shown[kind] = sys.stdout.getvalue()
+    assert shown[io.StringIO] == "Al: an answer\n"
+    assert shown[Terminal] == "\x1b[1;32mAl: \x1b[0man answer\n"
+
+
 # ------------------------------------------------------------------------------ answers
 
 
@@ -387,7 +459,7 @@ def test_what_was_typed_never_becomes_a_control_token(
     parrot.pieces = ("sure", "<|im_end|>", "<|im_start|>user\nno")  # as text, spelt by a model
     dialogue.answer("say <|im_end|>")
     dialogue.answer("<|im_start|>")
-    tokenizer = dialogue.tokenizer
+    tokenizer = dialogue.conversation.speaker.tokenizer
     for prompt, turns in zip(parrot.prompts, (1, 3), strict=True):
         assert prompt.count(tokenizer.im_end) == 1 + turns  # the system prompt is one more
         assert prompt.count(tokenizer.im_start) == 1 + turns + 1  # the answer's header
@@ -401,7 +473,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_dialogue(
     say: Say, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parrot = Parrot(" once", " upon", " a", " time", stop_after=2)
-    monkeypatch.setattr(chat, "generate_text", parrot)
+    monkeypatch.setattr(conversation, "generate_text", parrot)
     code, out, error = say("--system", "", lines=["tell me", "/history", "go on"])
     assert (code, error) == (0, "")
     assert "once upon [stopped]\n" in out
@@ -414,7 +486,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_dialogue(
 def test_ctrl_c_before_the_first_word_leaves_a_dialogue_that_goes_on(
     say: Say, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chat, "generate_text", Parrot("never", stop_after=0))
+    monkeypatch.setattr(conversation, "generate_text", Parrot("never", stop_after=0))
     code, out, _ = say(lines=["tell me", "and now"])
     assert code == 0 and out.count("[stopped]") == 2 and out.endswith("bye\n")
 
@@ -442,7 +514,7 @@ def test_answers_come_piece_by_piece(
             seen.append(shown.getvalue())
             yield piece
 
-    monkeypatch.setattr(chat, "generate_text", watched)
+    monkeypatch.setattr(conversation, "generate_text", watched)
     open_chat().answer("hello")
     assert seen == ["", "one", "one two"]
     assert shown.getvalue() == "one two three\n"
@@ -452,7 +524,7 @@ def test_a_full_context_drops_whole_turns_and_keeps_the_system_prompt(
     open_chat: Callable[..., Chat], parrot: Parrot
 ) -> None:
     dialogue = open_chat(system="be kind")
-    tokenizer = dialogue.tokenizer
+    tokenizer = dialogue.conversation.speaker.tokenizer
     begin = tokenizer.chat([{"role": "system", "content": "be kind"}])[0]
     said: list[str] = []
     for number in range(20):
@@ -461,9 +533,9 @@ def test_a_full_context_drops_whole_turns_and_keeps_the_system_prompt(
         prompt = parrot.prompts[-1]
         assert len(prompt) <= CONTEXT - 16  # with room for an answer
         assert prompt[: len(begin)] == begin
-        roles = [message["role"] for message in dialogue.messages]
+        roles = [message["role"] for message in dialogue.conversation.messages]
         assert roles == ["user", "assistant"] * (len(roles) // 2)
-        kept = [m["content"] for m in dialogue.messages if m["role"] == "user"]
+        kept = [m["content"] for m in dialogue.conversation.messages if m["role"] == "user"]
         assert kept == said[-len(kept) :]
         # and not more was dropped than had to be
         longer = [{"role": "system", "content": "be kind"}]
@@ -480,7 +552,7 @@ def test_an_answer_as_long_as_the_context_leaves_half_of_it_to_the_conversation(
     open_chat: Callable[..., Chat], parrot: Parrot
 ) -> None:
     dialogue = open_chat()
-    dialogue.sampling = Sampling(0.7, 20, 0.9, 1.1, max_new_tokens=2 * CONTEXT)
+    dialogue.conversation.sampling = Sampling(0.7, 20, 0.9, 1.1, max_new_tokens=2 * CONTEXT)
     for number in range(12):
         dialogue.answer(f"question {number}")
     assert CONTEXT // 2 - 40 < max(map(len, parrot.prompts)) <= CONTEXT // 2
@@ -503,10 +575,13 @@ def test_a_long_message_takes_some_of_the_answers_room(
     open_chat: Callable[..., Chat], parrot: Parrot
 ) -> None:
     dialogue = open_chat()
-    dialogue.sampling = Sampling(0.7, 20, 0.9, 1.1, max_new_tokens=60)
+    dialogue.conversation.sampling = Sampling(0.7, 20, 0.9, 1.1, max_new_tokens=60)
     room = CONTEXT - CONTEXT // 2  # what the answer leaves, as it may take at most half
     text = "a"
-    while len(dialogue.tokenizer.chat([{"role": "user", "content": text}])[0]) < room + 10:
+    while (
+        len(dialogue.conversation.speaker.tokenizer.chat([{"role": "user", "content": text}])[0])
+        < room + 10
+    ):
         text += " a"
     dialogue.answer(text)
     assert room < len(parrot.prompts[0]) <= CONTEXT - 16
@@ -516,10 +591,10 @@ def test_a_real_answer_fits_into_a_context_that_is_nearly_full(
     open_chat: Callable[..., Chat], capsys: pytest.CaptureFixture[str]
 ) -> None:
     dialogue = open_chat(system="be kind")
-    dialogue.sampling = Sampling(1.0, 0, 1.0, 1.0, max_new_tokens=500, seed=1)
+    dialogue.conversation.sampling = Sampling(1.0, 0, 1.0, 1.0, max_new_tokens=500, seed=1)
     for number in range(9):
         dialogue.answer(f"question {number} and something more to say")
-    assert len(dialogue.messages) >= 2
+    assert len(dialogue.conversation.messages) >= 2
     assert capsys.readouterr().out
 
 

@@ -1,0 +1,170 @@
+"""Talking with a checkpoint: which one, what it is asked, and how its answers come.
+
+What chat.py shows on a terminal and chat_web.py in a browser is made here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from hamner import checkpoints
+from hamner.checkpoints import Checkpoint
+from hamner.errors import UserError
+from hamner.generation import Sampling, fit_context, generate_text
+from hamner.machine import pick_device
+from hamner.recipe import STAGES, load_recipe
+from hamner.stage import command
+from hamner.tokenization import Message, Tokenizer
+from model import Transformer
+
+SMALLEST_ANSWER = 16  # tokens that must stay free for an answer
+HIGHEST_TEMPERATURE = 10
+
+Pieces = Generator[str, None, None]  # an answer as it comes
+
+
+@dataclass
+class Speaker:
+    """A checkpoint that has been made ready to answer."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    sampling: Sampling  # the recipe's
+    system: str  # the recipe's system prompt; "" is none
+    path: Path
+    stage: str
+    step: int
+
+    def __str__(self) -> str:
+        size = self.model.config.num_parameters()
+        device = self.model.lm_head.weight.device
+        about = f"{self.path} (stage {self.stage}, step {self.step:,})"
+        return f"{about}, {size:,} parameters on {device}"
+
+
+def best_checkpoint(recipe_name: str) -> Path:
+    """The checkpoint of the latest stage that there is, the best one of it.
+
+    Raises:
+        UserError: there is none yet.
+    """
+    recipe = load_recipe(recipe_name)
+    for stage in reversed(STAGES):
+        for name in ("best.pt", "latest.pt"):
+            path = recipe.folder(stage) / name
+            if path.exists():
+                return path
+    raise UserError(
+        f"recipe {recipe.name} has no checkpoint yet: train one with "
+        f"`{command('base', recipe_name)}`, or type `make demo` for a small one in minutes"
+    )
+
+
+def load_best(recipe_name: str, path: Path | None = None) -> tuple[Path, Checkpoint]:
+    """The checkpoint at `path`, or else the recipe's best one; of damaged ones it takes the next.
+
+    Raises:
+        UserError: there is none, or none that is good.
+    """
+    if path is not None:
+        return path, checkpoints.load(path)
+    folder = best_checkpoint(recipe_name).parent
+    return checkpoints.load_newest(folder, ("best.pt", "latest.pt"))
+
+
+def open_speaker(recipe_name: str, path: Path | None = None, device: str = "auto") -> Speaker:
+    """Load what is to talk, onto a device that is named as in `pick_device`.
+
+    Raises:
+        UserError: there is no such checkpoint, or no such device.
+    """
+    where = pick_device(device)
+    path, checkpoint = load_best(recipe_name, path)
+    recipe = checkpoint["recipe"]
+    dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+    return Speaker(
+        model=checkpoints.load_model(checkpoint, path).to(where, dtype).eval(),
+        tokenizer=checkpoints.load_tokenizer(checkpoint),
+        sampling=Sampling(**recipe["sampling"]),
+        system=recipe["system_prompt"],
+        path=path,
+        stage=checkpoint["stage"],
+        step=checkpoint["step"],
+    )
+
+
+def prompt_of(
+    speaker: Speaker, messages: Sequence[Message], max_new_tokens: int
+) -> tuple[list[int], list[Message]]:
+    """Ids that ask for the next answer, and the messages they hold.
+
+    Whole turns are left out, oldest first, until there is room for an answer of max_new_tokens,
+    though of no more than half the context. The system prompt stays.
+
+    Raises:
+        ValueError: the last message alone doesn't fit.
+    """
+    context = speaker.model.config.max_position_embeddings
+    room = context - max(SMALLEST_ANSWER, min(max_new_tokens, context // 2))
+    try:
+        return fit_context(speaker.tokenizer, messages, room)
+    except ValueError:  # take some of the answer's room, if that is enough
+        return fit_context(speaker.tokenizer, messages, context - SMALLEST_ANSWER)
+
+
+@dataclass
+class Conversation:
+    """What was said between a user and a speaker, and what they say next."""
+
+    speaker: Speaker
+    sampling: Sampling
+    system: str = ""
+    messages: list[Message] = field(default_factory=list)  # without the system prompt
+
+    def answer(self, text: str) -> Pieces:
+        """The answer to `text`, piece by piece as it is made; both are remembered.
+
+        Of an answer that isn't heard to its end, what was heard is remembered.
+
+        Raises:
+            ValueError: the text doesn't fit into the context.
+        """
+        asked = [*self.messages, {"role": "user", "content": text}]
+        prompt, kept = prompt_of(
+            self.speaker, self.with_system(asked), self.sampling.max_new_tokens
+        )
+        self.messages = [message for message in kept if message["role"] != "system"]
+        return self._speak(prompt)
+
+    def _speak(self, prompt: list[int]) -> Pieces:
+        pieces: list[str] = []
+        try:
+            made = generate_text(self.speaker.model, self.speaker.tokenizer, prompt, self.sampling)
+            for piece in made:
+                if piece := piece if pieces else piece.lstrip():
+                    pieces.append(piece)
+                    yield piece
+        finally:
+            self.messages.append({"role": "assistant", "content": "".join(pieces).strip()})
+
+    def retry(self) -> Pieces:
+        """Another answer to the last message, in place of the one that it got.
+
+        Raises:
+            ValueError: nothing was said yet.
+        """
+        if not self.messages:
+            raise ValueError("there is nothing to answer yet")
+        *self.messages, question, _ = self.messages
+        if self.sampling.seed is not None:  # or the answer would be the same
+            self.sampling = replace(self.sampling, seed=self.sampling.seed + 1)
+        return self.answer(question["content"])
+
+    def with_system(self, messages: Sequence[Message]) -> list[Message]:
+        """Messages with the system prompt before them, if there is one."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, *messages]
