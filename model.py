@@ -91,7 +91,9 @@ class Output:
 class KVCache:
     """Keys and values of all positions seen so far, in buffers allocated once.
 
-    `length` counts the filled positions. Cutting it back forgets the positions after it.
+    `length` counts the filled positions. Cutting it back forgets the positions after it. `padding`
+    (B) says how many positions at the beginning of each row only make it as long as the others:
+    nobody looks at them, and the rotary positions begin behind them.
     """
 
     def __init__(
@@ -101,13 +103,22 @@ class KVCache:
         max_length: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        padding: Tensor | None = None,
     ):
         self.max_length = max_length or config.max_position_embeddings
         shape = (batch_size, config.num_key_value_heads, self.max_length, config.head_dim)
         layers = range(config.num_hidden_layers)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.padding = padding
         self.length = 0
+
+    def keep(self, rows: list[int]) -> None:
+        """Forget all rows of the batch but these."""
+        self.keys = [keys[rows] for keys in self.keys]
+        self.values = [values[rows] for values in self.values]
+        if self.padding is not None:
+            self.padding = self.padding[rows]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, K, T, D) of one layer; return all of its keys and values (B, K, S, D)."""
@@ -280,10 +291,16 @@ def positions_and_mask(
             return index - first, packed_lengths(sequence_ids)
         same = sequence_ids[:, None, :, None] == sequence_ids[:, None, None, :]
         return index - first, same & (index[0][:, None] >= index[0])
-    if start and length > 1:
-        past = torch.arange(start + length, device=device)
-        return index, (index[0][:, None] >= past)[None, None]
-    return index, None
+    padding = cache.padding if cache is not None else None
+    if padding is None and (not start or length == 1):
+        return index, None
+    past = torch.arange(start + length, device=device)  # (S)
+    before = index[0][:, None] >= past  # (T, S)
+    if padding is None:
+        return index, before[None, None]
+    itself = index[0][:, None] == past  # for padding, which would have nothing to look at
+    mask = before & (past >= padding[:, None, None]) | itself  # (B, T, S)
+    return (index - padding[:, None]).clamp(min=0), mask[:, None]
 
 
 def packed_lengths(sequence_ids: Tensor) -> list[int]:

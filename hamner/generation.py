@@ -1,4 +1,4 @@
-"""Sampling from a model with a KV cache, token by token, streamed as text."""
+"""Sampling from a model with a KV cache: one answer streamed as text, or many side by side."""
 
 from __future__ import annotations
 
@@ -26,44 +26,167 @@ class Sampling:
     min_p: float = 0.0  # 0 is off
 
 
-def penalise(logits: Tensor, ids: Sequence[int], penalty: float) -> Tensor:
-    """Lower the logits (V) of ids: positive ones divided, negative multiplied (1909.05858)."""
-    if penalty == 1.0 or not ids:
-        return logits
-    index = torch.tensor(sorted(set(ids)), device=logits.device)
-    chosen = logits[index]
-    return logits.index_copy(0, index, torch.where(chosen > 0, chosen / penalty, chosen * penalty))
+# ------------------------------------------------------------------------------ one token
 
 
-def filtered(logits: Tensor, top_k: int, top_p: float, min_p: float = 0.0) -> Tensor:
-    """Logits (V) with -inf for what may not be drawn.
+def penalise(logits: Tensor, said: Tensor, penalty: float) -> Tensor:
+    """Lower the logits (B, V) of what was said (B, V): positive divided, negative multiplied.
+
+    The penalty of CTRL (arXiv 1909.05858), which divides both; that raises the negative ones.
+    """
+    return torch.where(said, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def filtered(logits: Tensor, top_k: int, top_p: float, min_p: float = 0.0) -> tuple[Tensor, Tensor]:
+    """What of the logits (B, V) may be drawn: logits (B, N), -inf where not, and their ids (B, N).
 
     Left are the top_k likeliest (of equals, any), of these the fewest that reach the probability
-    top_p together (1904.09751), of these those at least min_p times as likely as the likeliest
-    (2407.01082).
+    top_p together (arXiv 1904.09751), of these those at least min_p times as likely as the
+    likeliest (arXiv 2407.01082).
     """
-    if 0 < top_k < logits.numel():
-        best, index = logits.topk(top_k)
-        logits = torch.full_like(logits, -torch.inf).index_copy(0, index, best)
+    count = logits.shape[-1]
+    if 0 < top_k < count or top_p < 1.0:
+        logits, ids = logits.topk(min(top_k or count, count))  # the likeliest first
+    else:
+        ids = torch.arange(count, device=logits.device).expand_as(logits)
     if top_p < 1.0:
-        ordered, index = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # of the likelier ones
-        logits = logits.scatter(0, index, ordered.masked_fill(before >= top_p, -torch.inf))
+        p = logits.softmax(-1)
+        logits = logits.masked_fill(p.cumsum(-1) - p >= top_p, -torch.inf)  # the likelier suffice
     if min_p > 0.0:
-        logits = logits.masked_fill(logits < logits.max() + math.log(min_p), -torch.inf)
-    return logits
+        least = logits.amax(-1, keepdim=True) + math.log(min_p)
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    return logits, ids
 
 
-def choose(
-    logits: Tensor, answer: Sequence[int], sampling: Sampling, generator: torch.Generator
-) -> int:
-    """The next id, given logits (V) and the ids that the answer consists of so far."""
+def choose(logits: Tensor, said: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """The next ids (B), given logits (B, V) and which ids each answer has said so far (B, V).
+
+    Nothing in here waits for the device. The smallest of exponential variables of rates p_i is the
+    i-th with probability p_i: a draw from p that asks for no number, as `multinomial` does.
+    """
     if sampling.temperature == 0:
-        return int(logits.argmax())
-    logits = penalise(logits.float(), answer, sampling.repetition_penalty)
-    logits = (logits - logits.max()) / max(sampling.temperature, 1e-6)  # the best one stays at 0
-    logits = filtered(logits, sampling.top_k, sampling.top_p, sampling.min_p)
-    return int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
+        return logits.argmax(-1)
+    logits = logits.float()
+    if sampling.repetition_penalty != 1.0:
+        logits = penalise(logits, said, sampling.repetition_penalty)
+    logits = logits - logits.amax(-1, keepdim=True)  # the best one stays at 0
+    logits = logits / max(sampling.temperature, 1e-6)
+    logits, ids = filtered(logits, sampling.top_k, sampling.top_p, sampling.min_p)
+    waits = torch.empty_like(logits).exponential_(generator=generator)
+    drawn = (logits.softmax(-1) / waits).argmax(-1, keepdim=True)
+    return ids.gather(-1, drawn)[:, 0]
+
+
+# ------------------------------------------------------------------------------ whole answers
+
+
+class Decoding:
+    """Answers to several prompts, made side by side; each round is one new id for every prompt.
+
+    The prompts go through the model in one pass, the shorter ones padded at their beginning. Rounds
+    end after max_new_tokens, or when the longest prompt's answer fills the context. One generator
+    serves all, so a seed repeats the answers of the same prompts together.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        control: Collection[int] = (),
+    ):
+        """
+        Args:
+            control: ids that the repetition penalty spares. It looks at answers, not at prompts.
+
+        Raises:
+            ValueError: a prompt is empty or fills the context.
+        """
+        lengths = [len(prompt) for prompt in prompts]
+        room = model.config.max_position_embeddings - max(lengths)
+        if not min(lengths) or room < 1:
+            worst = max(lengths) if min(lengths) else 0
+            raise ValueError(f"a prompt of {worst} tokens leaves no room for an answer")
+        weight = model.lm_head.weight
+        self._model, self._sampling, self._device = model, sampling, weight.device
+        self._left = min(room, sampling.max_new_tokens)
+        self._generator = new_generator(sampling.seed, weight.device)
+        padded = [[0] * (max(lengths) - len(prompt)) + list(prompt) for prompt in prompts]
+        self._new = torch.tensor(padded, device=self._device)  # (B, T), what goes in next
+        padding = torch.tensor([max(lengths) - length for length in lengths], device=self._device)
+        self._cache = KVCache(
+            model.config,
+            len(prompts),
+            max(lengths) + self._left,
+            weight.dtype,
+            self._device,
+            padding if len(set(lengths)) > 1 else None,
+        )
+        self._said = torch.zeros(
+            len(prompts), model.config.vocab_size, dtype=torch.bool, device=self._device
+        )
+        self._counts = torch.ones(model.config.vocab_size, dtype=torch.bool, device=self._device)
+        self._counts[list(control)] = False
+        self._drawn: HostCopy | None = None
+
+    def __iter__(self) -> Decoding:
+        return self
+
+    def __next__(self) -> list[int]:
+        """The next id of every answer (B).
+
+        A GPU is given the round after this one before this one's ids are waited for.
+        """
+        if not self._left:
+            raise StopIteration
+        self._left -= 1
+        drawn = self._drawn or self._draw()
+        self._drawn = self._draw() if self._device.type == "cuda" and self._left else None
+        return drawn.read()
+
+    def _draw(self) -> HostCopy:
+        """Put the newest ids through the model and draw those that follow."""
+        # no_grad must not leak to whoever consumes the answers between two rounds.
+        with torch.no_grad():
+            logits = self._model(self._new, cache=self._cache, logits_to_keep=1).logits[:, -1]
+            ids = choose(logits, self._said, self._sampling, self._generator)  # (B)
+            self._said.scatter_(1, ids[:, None], self._counts[ids][:, None])
+        self._new = ids[:, None]
+        return HostCopy(ids)
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these answers alone, in this order."""
+        self._cache.keep(rows)
+        self._said, self._new = self._said[rows], self._new[rows]
+        if self._drawn is not None:
+            self._drawn = HostCopy(self._new[:, 0])
+
+
+class HostCopy:
+    """Ids on their way from a device; only `read` waits for them, and for nothing after them."""
+
+    def __init__(self, ids: Tensor):
+        self._ids, self._arrived = ids, None
+        if ids.device.type == "cuda":
+            self._ids = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
+            self._ids.copy_(ids, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> list[int]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._ids.tolist()
+
+
+def new_generator(seed: int | None, device: torch.device) -> torch.Generator:
+    """A source of randomness of its own, by a seed or by none that is known."""
+    generator = torch.Generator(device=device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator
 
 
 def generate_ids(
@@ -75,36 +198,37 @@ def generate_ids(
 ) -> Iterator[int]:
     """New ids one by one, until a stop id (not yielded), max_new_tokens, or a full context.
 
-    The repetition penalty looks at the answer alone, not at the prompt, and not at `control` ids.
-
-    Raises:
-        ValueError: the prompt is empty or fills the context.
+    Args and errors are those of `Decoding`.
     """
-    room = model.config.max_position_embeddings - len(prompt)
-    if not prompt or room < 1:
-        raise ValueError(f"a prompt of {len(prompt)} tokens leaves no room for an answer")
-    weight = model.lm_head.weight
-    generator = torch.Generator(device=weight.device)
-    if sampling.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(sampling.seed)
-    count = min(room, sampling.max_new_tokens)
-    cache = KVCache(model.config, 1, len(prompt) + count, weight.dtype, weight.device)
-    answer: list[int] = []  # what the penalty looks at
-    new = list(prompt)
-    for _ in range(count):
-        # no_grad stands inside: it must not leak to whoever consumes the generator between tokens
-        with torch.no_grad():
-            ids = torch.tensor([new], device=weight.device)
-            logits = model(ids, cache=cache, logits_to_keep=1).logits[0, -1]
-            id_ = choose(logits, answer, sampling, generator)
+    for (id_,) in Decoding(model, [prompt], sampling, control):
         if id_ in stop:
             return
-        if id_ not in control:
-            answer.append(id_)
-        new = [id_]
         yield id_
+
+
+def generate_batch(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    stop: Collection[int],
+    control: Collection[int] = (),
+) -> list[list[int]]:
+    """The answers to all prompts, made side by side; args and errors as for `Decoding`."""
+    answers: list[list[int]] = [[] for _ in prompts]
+    if not prompts:
+        return answers
+    decoding = Decoding(model, prompts, sampling, control)
+    open_ = list(range(len(prompts)))  # which answers the rows are of
+    for ids in decoding:
+        going_on = [row for row, id_ in enumerate(ids) if id_ not in stop]
+        for row in going_on:
+            answers[open_[row]].append(ids[row])
+        if not going_on:
+            break
+        if len(going_on) < len(open_):
+            decoding.keep(going_on)
+            open_ = [open_[row] for row in going_on]
+    return answers
 
 
 def generate_text(

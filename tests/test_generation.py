@@ -19,6 +19,7 @@ from hamner.generation import (
     choose,
     filtered,
     fit_context,
+    generate_batch,
     generate_ids,
     generate_text,
     penalise,
@@ -91,6 +92,20 @@ def scripted_answer(script: Sequence[int], stop: Sequence[int], sampling: Sampli
     return list(generate_ids(Scripted(script, len(PROMPT)), PROMPT, sampling, stop))
 
 
+def marked(ids: Sequence[int], size: int) -> Tensor:
+    """(1, size), True at the ids."""
+    found = torch.zeros(1, size, dtype=torch.bool)
+    found[0, list(ids)] = True
+    return found
+
+
+def choose_one(
+    logits: Tensor, said: Sequence[int], sampling: Sampling, generator: torch.Generator
+) -> int:
+    """The next id by logits (V), after `said`."""
+    return int(choose(logits[None], marked(said, len(logits)), sampling, generator))
+
+
 def answer(model: Transformer, sampling: Sampling, prompt: Sequence[int] = PROMPT) -> list[int]:
     return list(generate_ids(model, prompt, sampling, stop=()))
 
@@ -114,7 +129,7 @@ def test_sampled_answers_equal_a_plain_loop_without_cache(model: Transformer) ->
     with torch.no_grad():
         for _ in range(40):
             logits = model(torch.tensor([PROMPT + said])).logits[0, -1]
-            said.append(choose(logits, said, sampling, generator))
+            said.append(choose_one(logits, said, sampling, generator))
     assert answer(model, sampling) == said
 
 
@@ -196,6 +211,61 @@ def test_the_consumer_keeps_its_gradient_mode_between_tokens(model: Transformer)
     assert inside == [False] * 9
 
 
+# Side by side
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    """Twenty, of 1 to 20 ids."""
+    generator = torch.Generator().manual_seed(4)
+    return [torch.randint(0, 300, (n,), generator=generator).tolist() for n in range(1, 21)]
+
+
+def test_cached_batched_and_uncached_answers_are_the_same_for_200_tokens(
+    model: Transformer, prompts: list[list[int]]
+) -> None:
+    long = Transformer(replace(CONFIG, max_position_embeddings=220))
+    long.load_state_dict(model.state_dict())
+    sampling = replace(GREEDY, max_new_tokens=200)
+    batched = generate_batch(long, prompts, sampling, stop=())
+    assert batched == [list(generate_ids(long, prompt, sampling, ())) for prompt in prompts]
+    assert {len(ids) for ids in batched} == {200}
+    for prompt, ids in zip(prompts, batched, strict=True):
+        with torch.no_grad():  # all positions at once: each id is the likeliest after those before
+            logits = long(torch.tensor([prompt + ids])).logits[0]
+        assert logits.argmax(-1).tolist()[len(prompt) - 1 : -1] == ids
+    assert len({tuple(ids[-20:]) for ids in batched}) > 10  # they went different ways
+
+
+def test_answers_side_by_side_stop_each_at_its_own_end(
+    model: Transformer, prompts: list[list[int]]
+) -> None:
+    whole = [list(generate_ids(model, prompt, GREEDY, ())) for prompt in prompts]
+    stop = {id_ for id_, _ in Counter(id_ for ids in whole for id_ in ids).most_common(8)}
+    expected = [list(generate_ids(model, prompt, GREEDY, stop)) for prompt in prompts]
+    assert len({len(ids) for ids in expected}) > 5 and [] in expected
+    assert generate_batch(model, prompts, GREEDY, stop) == expected
+
+
+def test_each_answer_side_by_side_is_drawn_and_penalised_for_itself(model: Transformer) -> None:
+    penalised = replace(FREE, top_k=1, repetition_penalty=1e6, max_new_tokens=20)
+    both = generate_batch(model, [PROMPT, PROMPT[::-1]], penalised, ())
+    assert both == [answer(model, penalised), answer(model, penalised, PROMPT[::-1])]
+    same = generate_batch(model, [PROMPT] * 6, FREE, ())
+    assert len({tuple(ids) for ids in same}) == 6
+    assert generate_batch(model, [PROMPT] * 6, FREE, ()) == same
+    assert generate_batch(model, [], FREE, ()) == []
+
+
+def test_answers_side_by_side_end_where_the_longest_prompt_fills_the_context(
+    model: Transformer,
+) -> None:
+    endless = replace(GREEDY, max_new_tokens=10_000)
+    assert [len(ids) for ids in generate_batch(model, [[1] * 70, [2]], endless, ())] == [10, 10]
+    with pytest.raises(ValueError, match="a prompt of 0 tokens leaves no room"):
+        generate_batch(model, [[1], []], GREEDY, ())
+
+
 # Repetition penalty
 
 
@@ -210,7 +280,7 @@ def test_the_penalty_lowers_the_logits_of_the_given_ids_alone(
 ) -> None:
     ids = data.draw(st.lists(st.integers(0, len(values) - 1), max_size=20))
     logits = torch.tensor(values)
-    found = penalise(logits, ids, penalty)
+    (found,) = penalise(logits[None], marked(ids, len(values)), penalty)
     expected = [
         (x / penalty if x > 0 else x * penalty) if i in ids else x for i, x in enumerate(values)
     ]
@@ -220,9 +290,9 @@ def test_the_penalty_lowers_the_logits_of_the_given_ids_alone(
 
 def test_the_penalty_lowers_positive_and_negative_logits() -> None:
     logits = torch.tensor([4.0, -4.0, 0.0, 4.0, -4.0])
-    assert penalise(logits, [0, 1, 2, 0], 2.0).tolist() == [2.0, -8.0, 0.0, 4.0, -4.0]
-    assert penalise(logits, [0, 1], 1.0).tolist() == logits.tolist()
-    assert penalise(logits, [], 2.0).tolist() == logits.tolist()
+    (found,) = penalise(logits[None], marked([0, 1, 2, 0], 5), 2.0)
+    assert found.tolist() == [2.0, -8.0, 0.0, 4.0, -4.0]
+    assert penalise(logits[None], marked([], 5), 2.0)[0].tolist() == logits.tolist()
 
 
 def test_control_ids_are_never_penalised(model: Transformer) -> None:
@@ -236,6 +306,12 @@ def test_control_ids_are_never_penalised(model: Transformer) -> None:
 
 
 # Filters
+
+
+def left(logits: Tensor, *how: float) -> Tensor:
+    """The logits (V), with -inf for what `filtered` doesn't leave."""
+    logits, ids = filtered(logits[None], *how)  # type: ignore[arg-type]
+    return torch.full((int(ids.max()) + 1,), -torch.inf).index_copy(0, ids[0], logits[0])
 
 
 def allowed(logits: Tensor) -> set[int]:
@@ -264,7 +340,7 @@ def literal_filter(values: Sequence[float], top_k: int, top_p: float) -> dict[in
 @quick
 @given(values=distinct_logits, top_k=st.integers(0, 25))
 def test_top_k_leaves_the_k_likeliest(values: list[float], top_k: int) -> None:
-    found = filtered(torch.tensor(values), top_k, 1.0)
+    found = left(torch.tensor(values), top_k, 1.0)
     assert allowed(found) == set(literal_filter(values, top_k, 1.1))
     assert all(found[i] == torch.tensor(values)[i] for i in allowed(found))
 
@@ -277,7 +353,7 @@ def test_top_p_leaves_the_fewest_that_reach_p_together(
     kept = literal_filter(values, top_k, top_p if top_p < 1 else 1.1)
     sums = [sum(list(kept.values())[: n + 1]) for n in range(len(kept))]
     assume(all(abs(total - top_p) > 1e-5 for total in sums) or top_p == 1)  # beyond rounding
-    assert allowed(filtered(torch.tensor(values), top_k, top_p)) == set(kept)
+    assert allowed(left(torch.tensor(values), top_k, top_p)) == set(kept)
 
 
 @quick
@@ -289,27 +365,27 @@ def test_min_p_leaves_what_is_likely_enough_beside_the_likeliest(
     ratios = [p / max(likelihood) for p in likelihood]
     assume(all(abs(ratio - min_p) > 1e-5 or ratio == 1 for ratio in ratios))
     expected = {i for i, ratio in enumerate(ratios) if ratio >= min_p}
-    assert allowed(filtered(torch.tensor(values), 0, 1.0, min_p)) == expected
+    assert allowed(left(torch.tensor(values), 0, 1.0, min_p)) == expected
 
 
 def test_of_equals_top_k_leaves_no_more_than_k() -> None:
     logits = torch.tensor([1.0, 2.0, 1.0, 1.0, 0.0])
-    found = allowed(filtered(logits, 3, 1.0))
+    found = allowed(left(logits, 3, 1.0))
     assert len(found) == 3 and 1 in found and 4 not in found
 
 
 def test_filters_by_hand() -> None:
     logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()
-    assert allowed(filtered(logits, 0, 1.0)) == {0, 1, 2, 3}
-    assert allowed(filtered(logits, 2, 1.0)) == {1, 3}
-    assert allowed(filtered(logits, 9, 1.0)) == {0, 1, 2, 3}
-    assert allowed(filtered(logits, 0, 0.01)) == {1}
-    assert allowed(filtered(logits, 0, 0.49)) == {1}
-    assert allowed(filtered(logits, 0, 0.7)) == {1, 3}
-    assert allowed(filtered(logits, 0, 0.8)) == {1, 2, 3}
-    assert allowed(filtered(logits, 0, 1.0, 0.3)) == {1, 2, 3}  # from 0.15 on
-    assert allowed(filtered(logits, 0, 0.7, 0.51)) == {1}
-    assert allowed(filtered(logits, 2, 0.6)) == {1}  # of these two, the likelier has 2/3
+    assert allowed(left(logits, 0, 1.0)) == {0, 1, 2, 3}
+    assert allowed(left(logits, 2, 1.0)) == {1, 3}
+    assert allowed(left(logits, 9, 1.0)) == {0, 1, 2, 3}
+    assert allowed(left(logits, 0, 0.01)) == {1}
+    assert allowed(left(logits, 0, 0.49)) == {1}
+    assert allowed(left(logits, 0, 0.7)) == {1, 3}
+    assert allowed(left(logits, 0, 0.8)) == {1, 2, 3}
+    assert allowed(left(logits, 0, 1.0, 0.3)) == {1, 2, 3}  # from 0.15 on
+    assert allowed(left(logits, 0, 0.7, 0.51)) == {1}
+    assert allowed(left(logits, 2, 0.6)) == {1}  # of these two, the likelier has 2/3
 
 
 # The draw
@@ -320,7 +396,7 @@ LOGITS = [2.0, -1.0, 0.5, 3.0, 1.5, 0.0, 2.5, -3.0]
 def draws(sampling: Sampling, said: Sequence[int] = (), count: int = 4_000) -> Counter[int]:
     generator = torch.Generator().manual_seed(3)
     logits = torch.tensor(LOGITS)
-    return Counter(choose(logits, said, sampling, generator) for _ in range(count))
+    return Counter(choose_one(logits, said, sampling, generator) for _ in range(count))
 
 
 def chi_square(found: Counter[int], expected: dict[int, float]) -> float:
@@ -351,6 +427,18 @@ def test_draws_follow_the_exact_distribution_under_a_penalty() -> None:
     assert chi_square(found, distribution(LOGITS, 0.7, 5)) > 18.5
 
 
+def test_draws_side_by_side_follow_each_its_own_distribution() -> None:
+    logits = torch.tensor([LOGITS, LOGITS[::-1]])
+    generator, said = torch.Generator().manual_seed(3), torch.zeros(2, 8, dtype=torch.bool)
+    sampling = replace(FREE, temperature=0.7, top_k=5)
+    rounds = [choose(logits, said, sampling, generator).tolist() for _ in range(4_000)]
+    for row, values in enumerate((LOGITS, LOGITS[::-1])):
+        found = Counter(ids[row] for ids in rounds)
+        expected = distribution(values, 0.7, 5)
+        assert found.keys() == expected.keys()
+        assert chi_square(found, expected) < 18.5  # 4 degrees of freedom: beyond it 1 in 1,000
+
+
 def test_draws_follow_the_exact_distribution_with_top_p() -> None:
     found = draws(replace(FREE, temperature=2.0, top_p=0.7))
     kept = literal_filter([value / 2.0 for value in LOGITS], 0, 0.7)  # the temperature comes first
@@ -372,7 +460,7 @@ def test_temperature_zero_takes_the_likeliest_whatever_else_is_set(
 ) -> None:
     said = data.draw(st.lists(st.integers(0, len(values) - 1)))
     sampling = Sampling(0.0, top_k, top_p, penalty, max_new_tokens=1)
-    chosen = choose(torch.tensor(values), said, sampling, torch.Generator())
+    chosen = choose_one(torch.tensor(values), said, sampling, torch.Generator())
     assert chosen == values.index(max(values))
 
 
