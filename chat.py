@@ -15,8 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from hamner.conversation import HIGHEST_TEMPERATURE, Conversation, Pieces, open_speaker
+from hamner.decode_step import WEIGHTS
 from hamner.errors import UserError, nearest, run
-from hamner.few_rows import WEIGHTS
 from hamner.files import write_json_lines
 
 COMMANDS = {
@@ -243,8 +243,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="make the answers repeatable")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument(
-        "--weights", choices=WEIGHTS, default="fp32", help="int8 answers faster on a CPU"
-    )
+        "--weights", choices=WEIGHTS, default="fp32",
+        help="on a CPU, bf16 and int8 answer faster, after some seconds of compiling",
+    )  # fmt: skip
     parser.add_argument("--cpu", action="store_true", help="short for --device cpu")
     return parser.parse_args()
 

@@ -13,6 +13,7 @@ import torch
 
 from hamner import checkpoints
 from hamner.checkpoints import Checkpoint
+from hamner.decode_step import compile_step
 from hamner.errors import UserError
 from hamner.few_rows import speed_up
 from hamner.generation import Sampling, fit_context, generate_text
@@ -82,18 +83,20 @@ def open_speaker(
 ) -> Speaker:
     """Load what is to talk, onto a device that is named as in `pick_device`.
 
-    Weights of "int8" make answers faster on a CPU, and a little different; see `few_rows`. On a GPU
-    they are bf16.
+    Rounded weights, "bf16" or "int8", make answers faster on a CPU, and a little different; see
+    `decode_step`. On a GPU they are bf16.
 
     Raises:
-        UserError: there is no such checkpoint, or no such device.
+        UserError: there is no such checkpoint, or no such device, or these weights can't be had.
     """
     where = pick_device(device)
     path, checkpoint = load_best(recipe_name, path)
     recipe = checkpoint["recipe"]
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     model = checkpoints.load_model(checkpoint, path).to(where, dtype).eval()
-    speed_up(model, weights)
+    speed_up(model)
+    if weights != "fp32":
+        compile_step(model, weights)
     return Speaker(
         model=model,
         tokenizer=checkpoints.load_tokenizer(checkpoint),

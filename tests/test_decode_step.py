@@ -1,0 +1,121 @@
+"""The compiled step of one token: the model's own numbers, but for the rounding of its weights.
+
+Run without compiling here, which changes no number that counts; compiled once, at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from hamner import decode_step
+from hamner.decode_step import compile_step, rounded
+from hamner.errors import UserError
+from hamner.generation import Sampling, generate_batch, generate_ids
+from model import KVCache, ModelConfig, Transformer
+
+CONFIG = ModelConfig(
+    vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+    initializer_range=0.2, tie_word_embeddings=False,
+)  # fmt: skip
+GREEDY = Sampling(0.0, 0, 1.0, 1.0, max_new_tokens=30)
+PROMPT = [3, 1, 4, 1, 5]
+
+
+@pytest.fixture(autouse=True)
+def eager(request: pytest.FixtureRequest) -> Iterator[None]:
+    compiled = "compiled" in request.node.name
+    with contextlib.nullcontext() if compiled else torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.fixture
+def model() -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(CONFIG).eval()
+
+
+def with_rounded_weights(model: Transformer, weights: str) -> Transformer:
+    """A copy whose matrices have gone through the rounding and back."""
+    copy = Transformer(CONFIG).eval()
+    copy.load_state_dict(model.state_dict())
+    for name, parameter in copy.named_parameters():
+        if parameter.ndim == 2 and "embed" not in name:
+            values, scales = rounded(parameter, weights)
+            exact = values.float() if scales is None else values.float() * scales[:, None]
+            parameter.data.copy_(exact)
+    return copy
+
+
+def step_by_step(model: Transformer, ids: list[int]) -> Tensor:
+    """Logits (T, V), each of a call with a single id."""
+    cache = KVCache(CONFIG, 1, len(ids))
+    with torch.no_grad():
+        made = [model(torch.tensor([[id_]]), cache=cache).logits[0, 0] for id_ in ids]
+    return torch.stack(made)
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+def test_the_step_is_the_model_with_rounded_weights(model: Transformer, weights: str) -> None:
+    ids = torch.randint(0, 320, (40,)).tolist()
+    expected = step_by_step(with_rounded_weights(model, weights), ids)
+    exact = step_by_step(model, ids)
+    compile_step(model, weights)
+    found = step_by_step(model, ids)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert (found - exact).abs().max() > 1e-3  # they were rounded
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+def test_rounding_is_off_by_half_a_step_at_most(weights: str) -> None:
+    weight = torch.randn(50, 48) * torch.logspace(-6, 3, 50)[:, None]
+    values, scales = rounded(weight, weights)
+    if scales is None:
+        bound = weight.abs() / 256
+        found = values.float()
+    else:
+        bound = (weight.abs().amax(1, keepdim=True) / 127 / 2).expand_as(weight) * 1.001
+        found = values.float() * scales[:, None]
+    assert ((found - weight).abs() <= bound).all()
+    zeros, _ = rounded(torch.zeros(2, 3), weights)
+    assert not zeros.any()
+
+
+def test_prompts_and_answers_side_by_side_take_the_weights_of_32_bits(model: Transformer) -> None:
+    prompts = [PROMPT, PROMPT[:2]]
+    together = generate_batch(model, prompts, GREEDY, ())
+    with torch.no_grad():
+        exact = model(torch.tensor([PROMPT])).logits
+    compile_step(model, "int8")
+    assert generate_batch(model, prompts, GREEDY, ()) == together
+    with torch.no_grad():
+        assert torch.equal(model(torch.tensor([PROMPT])).logits, exact)
+        labelled = model(torch.tensor([PROMPT[:1]]), torch.tensor([PROMPT[:1]]), reduction="sum")
+    assert labelled.loss is not None
+
+
+def test_compiled_answers_are_the_eager_ones(model: Transformer) -> None:
+    if decode_step.why_not_compile(torch.device("cpu")):
+        pytest.skip("nothing can be compiled here")
+    compile_step(model, "bf16")
+    with torch.compiler.set_stance("force_eager"):
+        expected = list(generate_ids(model, PROMPT, GREEDY, ()))
+    assert list(generate_ids(model, PROMPT, GREEDY, ())) == expected
+    assert len(set(expected)) > 5
+
+
+def test_what_can_not_be_had_is_refused(
+    model: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torch.device("meta"):
+        elsewhere = Transformer(CONFIG)
+    with pytest.raises(UserError, match="--weights int8 is for the CPU"):
+        compile_step(elsewhere, "int8")
+    monkeypatch.setattr(decode_step, "why_not_compile", lambda _: "no C++ compiler")
+    with pytest.raises(UserError, match=r"--weights bf16 .* can't be: no C\+\+ compiler"):
+        compile_step(model, "bf16")
