@@ -273,7 +273,7 @@ def whole(state: Any, *, keep: bool) -> Any:
 def whole_weights(model: Transformer, *, keep: bool) -> dict[str, Tensor]:
     """The model's state dict, put together; tied weights are one tensor under two names."""
     weights = dict(model.state_dict())
-    tied = model.config.tie_word_embeddings
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
     result: dict[str, Tensor] = whole(
         {name: weight for name, weight in weights.items() if not (tied and "lm_head" in name)},
         keep=keep,

@@ -27,6 +27,7 @@ from hamner.recipe import STAGES, DPOStage, HubSource, Recipe, SFTStage, StreamS
 from hamner.sources import DocumentStream, open_stream, source_problems
 from hamner.token_cache import TokenCache
 from hamner.tokenization import Tokenizer
+from hamner.tracking import check_tensorboard
 from hamner.training import Task, Trainer, Validation, language_modelling
 from model import Transformer
 
@@ -56,6 +57,9 @@ def stage_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, help="stop after so many steps in all")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument(
+        "--tensorboard", action="store_true", help="write for TensorBoard too, beside the metrics"
+    )
+    parser.add_argument(
         "--plan", nargs="?", const="here", metavar="GPU",
         help="print what a run would take, here or on a GPU such as rtx3090 or h100, and stop",
     )  # fmt: skip
@@ -83,6 +87,7 @@ class Start:
     resume: checkpoints.Checkpoint | None  # a checkpoint of this very stage
     previous: checkpoints.Checkpoint | None  # one of the stage before
     fresh: bool = False  # an earlier run of this stage makes way
+    tensorboard: Path | None = None  # folder for what TensorBoard reads
 
     def run(self, task: Task, inherit: dict[str, Any] | None = None) -> int:
         """Train the task to its end; returns the exit code.
@@ -93,8 +98,9 @@ class Start:
         if self.fresh and self.machine.leads:
             set_aside(self.stage, self.recipe)
         trainer = Trainer(
-            task, self.recipe, self.model, self.tokenizer, self.machine, self.resume, inherit
-        )
+            task, self.recipe, self.model, self.tokenizer, self.machine, self.resume, inherit,
+            self.tensorboard,
+        )  # fmt: skip
         self.resume = self.previous = None  # gigabytes that nobody needs any more
         code = trainer.run()
         self.machine.wait_for_all()
@@ -123,6 +129,8 @@ def open_stage(stage: str, arguments: argparse.Namespace) -> Start | None:
         return None
     if arguments.gpus is not None:
         raise UserError("--gpus goes with --plan; to train on several, start with torchrun")
+    if arguments.tensorboard:
+        check_tensorboard()
     machine = join(arguments.device)
     recipe = resolved(recipe, stage, machine)
     path, loaded = open_checkpoint(stage, recipe, arguments)
@@ -144,7 +152,8 @@ def open_stage(stage: str, arguments: argparse.Namespace) -> Start | None:
     resume, previous = (loaded, None) if own else (None, loaded)
     name: str = arguments.recipe
     fresh: bool = arguments.fresh
-    return Start(stage, recipe, name, machine, model, tokenizer, resume, previous, fresh)
+    board = recipe.log(stage, "tensorboard") if arguments.tensorboard else None
+    return Start(stage, recipe, name, machine, model, tokenizer, resume, previous, fresh, board)
 
 
 def resolved(recipe: Recipe, stage: str, machine: Machine) -> Recipe:
@@ -288,7 +297,8 @@ def describe_start(
 def set_aside(stage: str, recipe: Recipe) -> None:
     """Move an earlier run of this stage out of the way, and say where it went."""
     paths = [recipe.folder(stage)]
-    paths += [recipe.log(stage, ending) for ending in ("metrics.csv", "samples.jsonl")]
+    endings = ("metrics.csv", "samples.jsonl", "tensorboard")
+    paths += [recipe.log(stage, ending) for ending in endings]
     for path in paths:
         aside = checkpoints.move_aside(path)
         if aside is not None:

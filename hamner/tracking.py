@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from hamner.errors import UserError
 from hamner.files import write_text_whole
 from hamner.gpus import gpu_of_driver
 
@@ -80,6 +82,46 @@ class SamplesJSONL:
         record = {"timestamp": now(), "step": step, "tokens_total": tokens, "samples": samples}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+class TensorBoard:
+    """The same rows and samples for `tensorboard --logdir logs`; goes on like `MetricsCSV`.
+
+    What was written after `step` stays on the disk, and TensorBoard is told to forget it.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        for name, value in row.items():
+            if name != "step" and isinstance(value, (int, float)):
+                self._writer.add_scalar(name, value, row["step"])
+        self._writer.flush()
+
+    def write_samples(self, step: int, samples: Mapping[str, str]) -> None:
+        for prompt, text in samples.items():
+            as_it_is = textwrap.indent(text, "    ", lambda line: True)  # and no Markdown
+            self._writer.add_text(f"samples/{prompt}", as_it_is, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def check_tensorboard() -> None:
+    """
+    Raises:
+        UserError: TensorBoard isn't installed.
+    """
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "--tensorboard needs TensorBoard, which isn't installed: `pip install tensorboard`"
+        ) from None
 
 
 class Progress:

@@ -38,7 +38,15 @@ from hamner.recipe import Recipe, StagePart
 from hamner.saving import Saver
 from hamner.step_records import Health, StepRecords, means
 from hamner.tokenization import Tokenizer
-from hamner.tracking import MetricsCSV, Progress, SamplesJSONL, Stopwatch, now, peak_flops
+from hamner.tracking import (
+    MetricsCSV,
+    Progress,
+    SamplesJSONL,
+    Stopwatch,
+    TensorBoard,
+    now,
+    peak_flops,
+)
 from model import Transformer
 
 COLUMNS = (
@@ -180,11 +188,13 @@ class Trainer:
         machine: Machine,
         resume: checkpoints.Checkpoint | None = None,
         inherit: Mapping[str, Any] | None = None,
+        tensorboard: Path | None = None,
     ):
         """
         Args:
             resume: a checkpoint of this stage to go on from, model already loaded.
             inherit: optimizer and scaler of the stage before, where this one continues them.
+            tensorboard: folder in which TensorBoard is to find the run, too.
         """
         self.task, self.recipe, self.tokenizer, self.machine = task, recipe, tokenizer, machine
         self.settings: StagePart = recipe.stage(task.stage)
@@ -194,6 +204,8 @@ class Trainer:
         self.optimizer = make_optimizer(model, self.settings.optimizer)
         self.scale = LossScale(self.device, enabled=recipe.precision == "fp16")
         self.saver = Saver()
+        self.tensorboard = tensorboard
+        self.board: TensorBoard | None = None
         self.position = Position()
         self.data: dict[str, Any] | None = None
         self._load_state(resume, inherit)
@@ -350,6 +362,8 @@ class Trainer:
         if self.machine.leads:
             self.csv = MetricsCSV(self.recipe.log(self.task.stage, "metrics.csv"), columns, step)
             self.samples = SamplesJSONL(self.recipe.log(self.task.stage, "samples.jsonl"), step)
+            if self.tensorboard is not None:
+                self.board = TensorBoard(self.tensorboard, step)
 
     def _step(self, batch: Batch) -> None:
         """One optimizer step: forward and backward of every micro-batch, clip, update.
@@ -400,7 +414,10 @@ class Trainer:
         if self.task.validation and (position.step % settings.validate_every == 0 or last):
             row |= self.watch.paused(self._validate_and_judge)
         if row and self.machine.leads:
-            self.csv.write({"timestamp": now(), "step": position.step, **row})
+            row = {"timestamp": now(), "step": position.step, **row}
+            self.csv.write(row)
+            if self.board is not None:
+                self.board.write(row)
         if settings.prompts and (position.step % settings.sample_every == 0 or last):
             self.watch.paused(self._write_samples)
         if position.step % settings.checkpoint.every == 0 and not last:
@@ -412,6 +429,8 @@ class Trainer:
         if self._saved_step != step:
             self._save()
         self.saver.wait()
+        if self.board is not None:
+            self.board.close()
         if step < steps and not self.position.stopped_early:
             print(
                 f"{self.task.stage}: stopped at step {step:,} of {steps:,}, saved as {latest}; "
@@ -532,6 +551,8 @@ class Trainer:
                 texts[prompt] = "".join(generate_text(self.model, self.tokenizer, ids, sampling))
         if self.machine.leads:
             self.samples.write(self.position.step, self.position.tokens, texts)
+            if self.board is not None:
+                self.board.write_samples(self.position.step, texts)
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         if not self.task.chat_prompts:

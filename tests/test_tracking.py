@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
 
 from hamner import tracking
 from hamner.files import write_text_whole
-from hamner.tracking import MetricsCSV, Progress, SamplesJSONL, Stopwatch
+from hamner.tracking import MetricsCSV, Progress, SamplesJSONL, Stopwatch, TensorBoard
 
 COLUMNS = ("timestamp", "step", "loss", "val_loss")
 
@@ -204,6 +206,25 @@ def test_samples_with_odd_line_ends_in_them_are_kept(samples_path: Path, charact
     before = records(samples_path)
     SamplesJSONL(samples_path, step=10)
     assert records(samples_path) == before
+
+
+# ------------------------------------------------------------------------------- TensorBoard
+
+
+def test_tensorboard_gets_the_numbers_of_a_row_and_samples_as_they_are(
+    tmp_path: Path,
+) -> None:
+    board = TensorBoard(tmp_path, step=0)
+    for step in (2, 4):
+        board.write({"timestamp": "2025-01-02", "step": step, "loss": 2.5 * step, "mfu": ""})
+        board.write_samples(step, {"Once": "# a\n* b"})
+    seen = EventAccumulator(str(tmp_path)).Reload()  # what is written can be read at once
+    assert set(seen.Tags()["tensors"]) == {"loss", "samples/Once/text_summary"}
+    losses = {event.step: make_ndarray(event.tensor_proto) for event in seen.Tensors("loss")}
+    assert losses == {2: 5, 4: 10}
+    *_, text = seen.Tensors("samples/Once/text_summary")
+    assert text.tensor_proto.string_val[0] == b"    # a\n    * b"  # Markdown for: as it is
+    board.close()
 
 
 # ------------------------------------------------------------------------------- whole files

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import itertools
+import json
 import os
 import random
 import resource
@@ -23,6 +25,9 @@ import pytest
 import torch
 import torch._inductor.config
 from conftest import Workshop, some_text, write_lines
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
+from tensorboard.util.tensor_util import make_ndarray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -1129,3 +1134,64 @@ def test_the_anneal_may_have_another_optimizer_and_begins_with_fresh_momenta_the
     base, anneal = trainers
     assert all(part["state"] for part in base.optimizer.state_dict()["parts"])
     assert not any(part["state"] for part in anneal.optimizer.state_dict()["parts"])
+
+
+# ------------------------------------------------------------------------------ TensorBoard
+
+
+@pytest.fixture
+def later_files_have_later_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard reads files in the order of the seconds in which they were begun."""
+    seconds = itertools.count(1_800_000_000)
+    clock = types.SimpleNamespace(time=lambda: float(next(seconds)))
+    monkeypatch.setattr(event_file_writer, "time", clock)
+
+
+def seen_in_tensorboard(folder: str, tag: str) -> dict[int, Any]:
+    """What TensorBoard shows, by step; every step once."""
+    events = EventAccumulator(folder, size_guidance={"tensors": 0}).Reload().Tensors(tag)
+    assert len({event.step for event in events}) == len(events)
+    return {event.step: make_ndarray(event.tensor_proto).item() for event in events}
+
+
+@pytest.mark.usefixtures("later_files_have_later_names")
+def test_tensorboard_sees_each_row_and_sample_of_a_resumed_run_once(
+    call: Call, workshop: Workshop
+) -> None:
+    step_9 = "checkpoints/micro/base/step_0000009.pt"
+    assert call(train_pretrain, "--tensorboard") == 0
+    assert call(train_pretrain, "--tensorboard", "--checkpoint", step_9) == 0
+    for name in ("loss", "val_loss", "val_web", "learning_rate", "tokens_total"):
+        expected = {int(row["step"]): float(row[name]) for row in logged() if row[name]}
+        assert len(expected) > 2
+        seen = seen_in_tensorboard("logs/micro/base_tensorboard", name)
+        assert seen == pytest.approx(expected, rel=1e-5)
+    lines = Path("logs/micro/base_samples.jsonl").read_text(encoding="utf-8").splitlines()
+    said = {record["step"]: record["samples"]["the dog"] for record in map(json.loads, lines)}
+    assert list(said) == [6, 12]
+    seen = seen_in_tensorboard("logs/micro/base_tensorboard", "samples/the dog/text_summary")
+    as_it_is = {step: "    " + text.replace("\n", "\n    ") for step, text in said.items()}
+    assert {step: text.decode() for step, text in seen.items()} == as_it_is
+
+
+def test_fresh_moves_what_tensorboard_reads_aside_and_nothing_is_written_unasked(
+    call: Call, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(train_pretrain, "--tensorboard", "--steps", "2") == 0
+    capsys.readouterr()
+    assert call(train_pretrain, "--fresh", "--steps", "2") == 0
+    (aside,) = Path("logs/micro").glob("base_tensorboard*")
+    assert aside.name.startswith("base_tensorboard.old-")
+    assert f"moved logs/micro/base_tensorboard to {aside}\n" in capsys.readouterr().out
+    assert list(seen_in_tensorboard(str(aside), "loss")) == [2]
+
+
+def test_without_tensorboard_the_run_does_not_begin(
+    call: Call, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert call(train_pretrain, "--tensorboard") == 2
+    told = "--tensorboard needs TensorBoard, which isn't installed: `pip install tensorboard`"
+    assert capsys.readouterr() == ("", f"error: {told}\n")
+    assert not Path("checkpoints").exists() and not Path("logs").exists()
+    assert call(train_pretrain, "--steps", "2") == 0

@@ -1,0 +1,1 @@
+"""What plot_training.py draws with."""
