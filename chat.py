@@ -14,7 +14,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from hamner.conversation import HIGHEST_TEMPERATURE, Conversation, Pieces, open_speaker
+from hamner.conversation import (
+    HIGHEST_TEMPERATURE,
+    Conversation,
+    Pieces,
+    open_speaker,
+    printable,
+)
 from hamner.decode_step import WEIGHTS
 from hamner.errors import UserError, nearest, run
 from hamner.files import write_json_lines
@@ -31,8 +37,6 @@ COMMANDS = {
 }
 BOLD, DIM, GREEN = "1", "2", "1;32"
 WORDS = [name.split()[0] for name in COMMANDS]
-# A model writes bytes. Those that would command the terminal are shown as a box instead.
-HARMLESS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 class Chat:
@@ -45,7 +49,7 @@ class Chat:
 
     def say(self, text: str, style: str = "", end: str = "\n") -> None:
         """Print text, in a style (numbers of ANSI's "select graphic rendition") on a terminal."""
-        text = text.translate(HARMLESS)
+        text = printable(text)
         print(
             f"\x1b[{style}m{text}\x1b[0m" if style and self.coloured else text, end=end, flush=True
         )
@@ -171,7 +175,7 @@ def piped_line() -> str:
     """
     line = input().strip()
     if line and not line.startswith("/"):
-        print(f"You: {line.translate(HARMLESS)}")
+        print(f"You: {printable(line)}")
     return line
 
 

@@ -26,6 +26,9 @@ from model import Transformer
 SMALLEST_ANSWER = 16  # tokens that must stay free for an answer
 HIGHEST_TEMPERATURE = 10
 
+# Characters that would command a terminal: models and files may hold any.
+HARMLESS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
 Pieces = Generator[str, None, None]  # an answer as it comes
 
 
@@ -46,6 +49,11 @@ class Speaker:
         device = self.model.lm_head.weight.device
         about = f"{self.path} (stage {self.stage}, step {self.step:,})"
         return f"{about}, {size:,} parameters on {device}"
+
+
+def printable(text: str) -> str:
+    """The text with U+FFFD for every character that would command a terminal."""
+    return text.translate(HARMLESS)
 
 
 def best_checkpoint(recipe_name: str) -> Path:
