@@ -375,7 +375,9 @@ class Transformer(nn.Module):
         targets = shifted_targets(labels, sequence_ids)  # (B, T-1)
         if labels is input_ids and sequence_ids is None:
             num_labels = targets.numel()
-        return Output(loss=self._loss(hidden[:, :-1], targets, reduction, num_labels))
+        weight = self.lm_head.weight
+        loss = loss_of_targets(hidden[:, :-1], weight, targets, reduction, num_labels)
+        return Output(loss=loss)
 
     def _check_length(self, input_ids: Tensor, cache: KVCache | None) -> None:
         end = input_ids.shape[1] + (cache.length if cache is not None else 0)
@@ -384,28 +386,6 @@ class Transformer(nn.Module):
             limit = min(limit, cache.max_length)
         if end > limit:
             raise ValueError(f"{end} positions, but there is room for {limit}")
-
-    def _loss(
-        self, hidden: Tensor, targets: Tensor, reduction: str, num_labels: int | None
-    ) -> Tensor:
-        """Cross-entropy of hidden (B, T-1, C) against targets (B, T-1), already shifted."""
-        if reduction not in ("mean", "sum", "none"):
-            raise ValueError(f"reduction must be mean, sum or none, got {reduction!r}")
-        hidden, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-        if num_labels == len(flat):
-            place: Tensor | slice = slice(None)
-        elif num_labels is None:
-            place = (flat != IGNORE_INDEX).nonzero()[:, 0]  # (N); asks the device how many
-        else:
-            place = torch.nonzero_static(flat != IGNORE_INDEX, size=num_labels)[:, 0]
-        hidden, labelled = hidden[place], flat[place]  # (N, C), (N)
-        if reduction != "none":
-            total = head_loss(hidden, self.lm_head.weight, labelled, "sum")
-            return total if reduction == "sum" else total / len(labelled)
-        losses = head_loss(hidden, self.lm_head.weight, labelled, "none")  # (N)
-        per_token = losses.new_zeros(flat.shape)
-        per_token[place] = losses
-        return F.pad(per_token.view(targets.shape), (1, 0))  # (B, T)
 
 
 # ------------------------------------------------------------------------------ the loss
@@ -425,6 +405,32 @@ def shifted_targets(labels: Tensor, sequence_ids: Tensor | None) -> Tensor:
 def count_labels(labels: Tensor, sequence_ids: Tensor | None = None) -> int:
     """How many losses `Transformer.forward` sums up for labels (B, T)."""
     return int((shifted_targets(labels, sequence_ids) != IGNORE_INDEX).sum())
+
+
+def loss_of_targets(
+    hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str, num_labels: int | None
+) -> Tensor:
+    """Cross-entropy of hidden (B, T-1, C) @ weight.T against targets (B, T-1), already shifted.
+
+    Reductions and num_labels are those of `Transformer.forward`.
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be mean, sum or none, got {reduction!r}")
+    hidden, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    if num_labels == len(flat):
+        place: Tensor | slice = slice(None)
+    elif num_labels is None:
+        place = (flat != IGNORE_INDEX).nonzero()[:, 0]  # (N); asks the device how many
+    else:
+        place = torch.nonzero_static(flat != IGNORE_INDEX, size=num_labels)[:, 0]
+    hidden, labelled = hidden[place], flat[place]  # (N, C), (N)
+    if reduction != "none":
+        total = head_loss(hidden, weight, labelled, "sum")
+        return total if reduction == "sum" else total / len(labelled)
+    losses = head_loss(hidden, weight, labelled, "none")  # (N)
+    per_token = losses.new_zeros(flat.shape)
+    per_token[place] = losses
+    return F.pad(per_token.view(targets.shape), (1, 0))  # (B, T)
 
 
 def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> Tensor:
