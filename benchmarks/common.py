@@ -78,6 +78,23 @@ class OurStepper(Stepper):
         self.loss_scale.update(finite)
 
 
+def hugging_face_llama(ours: Transformer, *, use_cache: bool) -> Any:
+    """A `LlamaForCausalLM` with the shape and the weights of our model."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    names = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+        "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps",
+        "initializer_range", "tie_word_embeddings",
+    )  # fmt: skip
+    settings: dict[str, Any] = {name: getattr(ours.config, name) for name in names}
+    rope = {"rope_type": "default", "rope_theta": ours.config.rope_theta}
+    settings |= {"rope_parameters": rope, "attn_implementation": "sdpa", "use_cache": use_cache}
+    model = LlamaForCausalLM(LlamaConfig(**settings))
+    model.load_state_dict(ours.state_dict())
+    return model.to(ours.lm_head.weight.device)
+
+
 def compile_blocks(model: Transformer) -> None:
     """Compile our model as training does: block by block, so that one compilation serves all."""
     compile_layers(model, Machine(next(model.parameters()).device))

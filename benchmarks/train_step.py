@@ -40,6 +40,7 @@ from common import (
     add_recipe_options,
     batch_and_length,
     compile_blocks,
+    hugging_face_llama,
     largest_products,
     limit_memory,
     matmul_flops,
@@ -152,19 +153,7 @@ def our_model(job: Job) -> nn.Module:
 
 def hf_model(job: Job) -> nn.Module:
     """Hugging Face's Llama with the weights of `our_model`."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    ours = our_model(job)
-    names = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-        "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps",
-        "initializer_range", "tie_word_embeddings",
-    )  # fmt: skip
-    settings = {name: getattr(job.config, name) for name in names}
-    rope = {"rope_type": "default", "rope_theta": job.config.rope_theta}
-    settings |= {"rope_parameters": rope, "attn_implementation": "sdpa", "use_cache": False}
-    model = LlamaForCausalLM(LlamaConfig(**settings))
-    model.load_state_dict(ours.state_dict())
+    model = hugging_face_llama(our_model(job), use_cache=False)
     if job.checkpointing:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # 5.23 has a new name for it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from conftest import ROOT, some_conversation, write_lines
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import common
+import decode
 import gpu_report
 import sft_packing
 import train_step
@@ -292,6 +294,35 @@ def test_batches_suit_recipe_and_device(recipe_file: Path) -> None:
     assert common.batch_and_length(Given, tiny, CPU) == (32, 256)
     assert common.batch_and_length(Given, v4, cuda) == (24, 1024)
     assert common.batch_and_length(Given, load_recipe(str(recipe_file)), CPU) == (2, 64)
+
+
+# ------------------------------------------------------------------------------- decode
+
+
+def test_decode_shows_every_side_and_ours_beside_its_peers(call: Callable[..., str]) -> None:
+    out = call(decode, "--prompt", "20", "--new", "8", "--rounds", "1")
+    for side in ("ours ", "ours, torch's products", "ours, bf16", "ours, int8", "hf generate"):
+        assert out.count(side) == 1
+    assert ("llama.cpp f32" in out) == bool(importlib.util.find_spec("llama_cpp"))
+    assert "one forward pass over the prompt" in out and "first words: fp32" in out
+
+
+def test_all_sides_say_the_same(recipe_file: Path, tmp_path: Path) -> None:
+    """What is timed is an answer, the same everywhere (rounded weights aside)."""
+    wild = "model.initializer_range=0.4"  # or it would say the same id again and again
+    recipe, prompt = load_recipe(str(recipe_file), [wild]), [3, 1, 4, 1, 5, 9]
+    found = decode.sides(recipe, CPU, prompt, 12, tmp_path)
+    plain = [ids for (ids,) in found["ours, torch's products"].answer()]
+    assert [ids for (ids,) in found["ours"].answer()] == plain and len(set(plain)) > 3
+    (times,) = found["hf generate"].answer()
+    assert [int(ids) for ids in times.said[1:]] == plain
+    if importlib.util.find_spec("llama_cpp"):
+        assert list(found["llama.cpp f32"].answer()) == plain
+
+
+def test_decode_refuses_more_than_the_context(call: Callable[..., str]) -> None:
+    with pytest.raises(UserError, match="together at most 96"):
+        call(decode, "--prompt", "90", "--new", "8")
 
 
 # ------------------------------------------------------------------------------- sft_packing
