@@ -18,10 +18,10 @@ from hamner.conversation import (
     HIGHEST_TEMPERATURE,
     Conversation,
     Pieces,
-    open_speaker,
+    add_speaker_options,
     printable,
+    speaker_of,
 )
-from hamner.decode_step import WEIGHTS
 from hamner.errors import UserError, nearest, run
 from hamner.files import write_json_lines
 
@@ -239,38 +239,14 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--recipe", default="v4", help="name in recipes/, or path (default: v4)")
-    parser.add_argument("--checkpoint", type=Path, help="talk to this checkpoint")
-    parser.add_argument("--temp", type=float, help="temperature; 0 always takes the likeliest word")
-    parser.add_argument("--system", help="system prompt; '' for none")
+    add_speaker_options(parser)
     parser.add_argument("--prompt", help="answer this and leave")
-    parser.add_argument("--seed", type=int, help="make the answers repeatable")
-    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    parser.add_argument(
-        "--weights", choices=WEIGHTS, default="fp32",
-        help="on a CPU, bf16 and int8 answer faster, after some seconds of compiling",
-    )  # fmt: skip
-    parser.add_argument("--cpu", action="store_true", help="short for --device cpu")
     return parser.parse_args()
 
 
 def open_chat(arguments: argparse.Namespace) -> Chat:
-    """The chat that the arguments ask for.
-
-    Raises:
-        UserError: an argument is out of range, or there is no such checkpoint.
-    """
-    temperature = arguments.temp
-    if temperature is not None and not 0 <= temperature <= HIGHEST_TEMPERATURE:
-        allowed = f"from 0 to {HIGHEST_TEMPERATURE}"
-        raise UserError(f"--temp must be {allowed}, got {temperature:g}")
-    device = "cpu" if arguments.cpu else arguments.device
-    speaker = open_speaker(arguments.recipe, arguments.checkpoint, device, arguments.weights)
-    sampling = replace(speaker.sampling, seed=arguments.seed)
-    if temperature is not None:
-        sampling = replace(sampling, temperature=temperature)
-    system = speaker.system if arguments.system is None else arguments.system
-    return Chat(Conversation(speaker, sampling, system))
+    speaker = speaker_of(arguments)
+    return Chat(Conversation(speaker, speaker.sampling, speaker.system))
 
 
 def show_banner(chat: Chat) -> None:

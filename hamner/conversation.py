@@ -5,6 +5,7 @@ What chat.py shows on a terminal and chat_web.py in a browser is made here.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from hamner import checkpoints
 from hamner.checkpoints import Checkpoint
-from hamner.decode_step import compile_step
+from hamner.decode_step import WEIGHTS, compile_step
 from hamner.errors import UserError
 from hamner.few_rows import speed_up
 from hamner.generation import Sampling, fit_context, generate_text
@@ -38,8 +39,8 @@ class Speaker:
 
     model: Transformer
     tokenizer: Tokenizer
-    sampling: Sampling  # the recipe's
-    system: str  # the recipe's system prompt; "" is none
+    sampling: Sampling  # the recipe's, if nothing else was asked for
+    system: str  # likewise; "" is none
     path: Path
     stage: str
     step: int
@@ -114,6 +115,42 @@ def open_speaker(
         stage=checkpoint["stage"],
         step=checkpoint["step"],
     )
+
+
+def add_speaker_options(parser: argparse.ArgumentParser) -> None:
+    """What says who is to talk, and how."""
+    parser.add_argument("--recipe", default="v4", help="name in recipes/, or path (default: v4)")
+    parser.add_argument("--checkpoint", type=Path, help="talk to this checkpoint")
+    parser.add_argument("--temp", type=float, help="temperature; 0 always takes the likeliest word")
+    parser.add_argument("--system", help="system prompt; '' for none")
+    parser.add_argument("--seed", type=int, help="make the answers repeatable")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    parser.add_argument("--cpu", action="store_true", help="short for --device cpu")
+    parser.add_argument(
+        "--weights", choices=WEIGHTS, default="fp32",
+        help="on a CPU, bf16 and int8 answer faster, after some seconds of compiling",
+    )  # fmt: skip
+
+
+def speaker_of(arguments: argparse.Namespace) -> Speaker:
+    """The speaker that the options ask for, with their temperature, seed and system prompt.
+
+    Raises:
+        UserError: an option is out of range, or there is no such checkpoint or device.
+    """
+    temperature, seed = arguments.temp, arguments.seed
+    if temperature is not None and not 0 <= temperature <= HIGHEST_TEMPERATURE:
+        allowed = f"from 0 to {HIGHEST_TEMPERATURE}"
+        raise UserError(f"--temp must be {allowed}, got {temperature:g}")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise UserError(f"--seed must be from 0 to 2^63 - 1, got {seed}")
+    device = "cpu" if arguments.cpu else arguments.device
+    speaker = open_speaker(arguments.recipe, arguments.checkpoint, device, arguments.weights)
+    sampling = replace(speaker.sampling, seed=seed)
+    if temperature is not None:
+        sampling = replace(sampling, temperature=temperature)
+    system = speaker.system if arguments.system is None else arguments.system
+    return replace(speaker, sampling=sampling, system=system)
 
 
 def prompt_of(

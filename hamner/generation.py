@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -259,10 +260,12 @@ def fit_context(
     begins = [i for i, message in enumerate(rest) if message["role"] == "user"]
     if not begins:
         raise ValueError("a prompt needs a user message")
+    header, _ = tokenizer.chat([], answer_next=True)
+    parts = [tokenizer.chat([message])[0] for message in (*system, *rest)]  # a chat is their sum
+    before, parts = list(chain(*parts[: len(system)])), parts[len(system) :]
     for begin in begins:
-        kept = [*system, *rest[begin:]]
-        ids, _ = tokenizer.chat(kept, answer_next=True)
-        if len(ids) <= room:
-            return ids, kept
-    too_long = f"the message is too long: {len(ids)} tokens where {room} fit"
+        size = len(before) + sum(map(len, parts[begin:])) + len(header)
+        if size <= room:
+            return [*before, *chain(*parts[begin:]), *header], [*system, *rest[begin:]]
+    too_long = f"the message is too long: {size} tokens where {room} fit"
     raise ValueError(f"{too_long}; say it shorter")

@@ -195,6 +195,12 @@ def test_a_temperature_out_of_range_is_refused(temperature: str, say: Say) -> No
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("seed", ["-1", str(2**63)])
+def test_a_seed_out_of_range_is_refused(seed: str, say: Say) -> None:
+    code, out, error = say("--prompt", "the dog", f"--seed={seed}")
+    assert (code, out, error) == (2, "", f"error: --seed must be from 0 to 2^63 - 1, got {seed}\n")
+
+
 @pytest.mark.parametrize("prompt", ["", "  "])
 def test_an_empty_prompt_is_refused(prompt: str, say: Say) -> None:
     assert say("--prompt", prompt) == (
