@@ -1,0 +1,1 @@
+"""What evaluate_model.py measures with."""
