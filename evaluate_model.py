@@ -5,7 +5,7 @@ python evaluate_model.py --recipe tiny --tasks none            held-out text alo
 python evaluate_model.py --checkpoint checkpoints/tiny/*/latest.pt    the stages side by side
 python evaluate_model.py --task-folder my_tasks --json result.json    tasks of your own
 
-Bits per byte don't depend on the tokenizer; hamner/evaluation/scoring.py says how they are measured.
+Bits per byte don't depend on the tokenizer (how they are measured: hamner/evaluation/scoring.py).
 The text is what the recipe's sources hold out from training, of each source the same for all
 checkpoints.
 
