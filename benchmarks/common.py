@@ -90,7 +90,7 @@ def hugging_face_llama(ours: Transformer, *, use_cache: bool) -> Any:
     settings: dict[str, Any] = {name: getattr(ours.config, name) for name in names}
     rope = {"rope_type": "default", "rope_theta": ours.config.rope_theta}
     settings |= {"rope_parameters": rope, "attn_implementation": "sdpa", "use_cache": use_cache}
-    model = LlamaForCausalLM(LlamaConfig(**settings))
+    model: Any = LlamaForCausalLM(LlamaConfig(**settings))
     model.load_state_dict(ours.state_dict())
     return model.to(ours.lm_head.weight.device)
 
