@@ -380,5 +380,5 @@ def test_half_precision_gives_nearly_the_same(name: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = model(ids, ids).loss
     found.backward()
-    assert float(found) == pytest.approx(float(expected), rel=0.03)
+    assert found.item() == pytest.approx(expected.item(), rel=0.03)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
