@@ -507,7 +507,7 @@ def main() -> int:
     models = [measure(each, arguments, documents, loaded, device) for each in subjects]
     show(arguments, subjects, loaded)
     if arguments.json is not None:
-        report = {"time": now(), "seconds": round(time.perf_counter() - began, 1)}
+        report = {"time": now(), "seconds": round(time.perf_counter() - began, 3)}
         report |= {"recipe": recipe.name, "device": str(device), "versions": versions()}
         report |= {"options": vars(arguments), "models": models, "published": published()}
         report |= {"not_run": loaded.problems if loaded is not None else {}}
