@@ -7,9 +7,10 @@ All answer the same prompt greedily with the same random weights, one answer at 
 "tokens/s" is the rate between the first new token and the last; "first token" is the time from the
 prompt to the first, and beside it stands one forward pass over the same prompt. Rounds alternate in
 a varying order in one process; a ratio is the median of the rounds' own. llama.cpp reads the same
-weights from GGUF files, through llama-cpp-python, and is left out where that isn't installed. Last
-comes what rounded weights cost before they help: the compilation, which PyTorch's cache on the disk
-shortens from the second time on.
+weights from GGUF files, through llama-cpp-python, and is left out where that isn't installed.
+Below the table stand a token's fp32 products alone, each at its fastest, which is what the memory
+allows; and what rounded weights cost before they help: the compilation, which PyTorch's cache on
+the disk shortens from the second time on.
 
     CMAKE_ARGS="-DGGML_NATIVE=ON" pip install llama-cpp-python
 """
@@ -33,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from common import (
     add_recipe_options,
+    all_products,
     hugging_face_llama,
     median_ratio,
     narrow_table,
@@ -44,12 +46,13 @@ from common import (
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.nn.functional import linear
 
 from hamner import tokenization
 from hamner.decode_step import WEIGHTS, compile_step
 from hamner.errors import UserError, run
 from hamner.export.gguf_file import write_gguf
-from hamner.few_rows import speed_up
+from hamner.few_rows import can_be_cut, fast_product, speed_up
 from hamner.generation import Decoding, Sampling
 from hamner.machine import pick_device
 from hamner.recipe import Recipe
@@ -215,6 +218,22 @@ def as_table(found: dict[str, Side], passes: list[float], title: str) -> Table:
     return table
 
 
+def products_alone_seconds(recipe: Recipe, turns: int = 30) -> float:
+    """Seconds of a token's products in fp32 with nothing between them, each at its fastest."""
+    seconds = 0.0
+    for size, out, times in all_products(recipe.model.config()):
+        weights = [torch.randn(out, size) for _ in range(times)]
+        products = [
+            fast_product(w) if can_be_cut(w) else partial(linear, weight=w) for w in weights
+        ]
+        x = torch.randn(1, size)
+        for product in products:  # each with weights of its own, as in a model: none is in a cache
+            product(x)
+        rounds = [[seconds_of(partial(f, x), x.device) for f in products] for _ in range(turns)]
+        seconds += sum(min(each) for each in zip(*rounds, strict=True))
+    return seconds
+
+
 def first_answer_seconds(recipe: Recipe) -> dict[str, float]:
     """Seconds from a model in memory to its first new token, by weights, anew in this process."""
     result = {}
@@ -261,6 +280,8 @@ def main() -> int:
     Console(width=100).print(as_table(found, passes, title))
     print(f"one forward pass over the prompt: {1000 * median(passes):.0f} ms")
     if device.type == "cpu":
+        alone = products_alone_seconds(recipe)
+        print(f"the products alone, fp32: {1000 * alone:.1f} ms, {1 / alone:.1f} tokens/s")
         ready = first_answer_seconds(recipe).items()
         told = ", ".join(f"{weights} {seconds:.1f} s" for weights, seconds in ready)
         print(f"from a loaded model to its first words: {told}")

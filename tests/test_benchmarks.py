@@ -305,6 +305,7 @@ def test_decode_shows_every_side_and_ours_beside_its_peers(call: Callable[..., s
         assert out.count(side) == 1
     assert ("llama.cpp f32" in out) == bool(importlib.util.find_spec("llama_cpp"))
     assert "one forward pass over the prompt" in out and "first words: fp32" in out
+    assert "the products alone, fp32: " in out
 
 
 def test_all_sides_say_the_same(recipe_file: Path, tmp_path: Path) -> None:
