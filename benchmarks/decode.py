@@ -34,7 +34,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from common import (
     add_recipe_options,
-    all_products,
     hugging_face_llama,
     median_ratio,
     narrow_table,
@@ -46,13 +45,11 @@ from common import (
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.nn.functional import linear
 
-from hamner import tokenization
-from hamner.decode_step import WEIGHTS, compile_step
+from hamner import few_rows, tokenization
+from hamner.decode_step import WEIGHTS, speed_up
 from hamner.errors import UserError, run
 from hamner.export.gguf_file import write_gguf
-from hamner.few_rows import can_be_cut, fast_product, speed_up
 from hamner.generation import Decoding, Sampling
 from hamner.machine import pick_device
 from hamner.recipe import Recipe
@@ -126,7 +123,7 @@ def sides(
         found[OURS] = Side(lambda: Decoding(fast, [prompt], greedy), size)
         for weights, share in (("bf16", 2), ("int8", 4)):
             rounded = new_model(recipe, device)
-            compile_step(rounded, weights)
+            speed_up(rounded, weights)
             answer = partial(Decoding, rounded, [prompt], greedy)
             found[f"{OURS}, {weights}"] = Side(answer, size // share)
     else:
@@ -220,12 +217,14 @@ def as_table(found: dict[str, Side], passes: list[float], title: str) -> Table:
 
 def products_alone_seconds(recipe: Recipe, turns: int = 30) -> float:
     """Seconds of a token's products in fp32 with nothing between them, each at its fastest."""
-    seconds = 0.0
-    for size, out, times in all_products(recipe.model.config()):
+    seconds, config = 0.0, recipe.model.config()
+    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    qkv = hidden + 2 * config.num_key_value_heads * config.head_dim
+    of_layers = [(hidden, qkv), (hidden, hidden), (hidden, 2 * inner), (inner, hidden)]
+    sizes = [(*size, layers) for size in of_layers] + [(hidden, config.vocab_size, 1)]
+    for size, out, times in sizes:
         weights = [torch.randn(out, size) for _ in range(times)]
-        products = [
-            fast_product(w) if can_be_cut(w) else partial(linear, weight=w) for w in weights
-        ]
+        products = [partial(few_rows.product, weight=w) for w in weights]
         x = torch.randn(1, size)
         for product in products:  # each with weights of its own, as in a model: none is in a cache
             product(x)
@@ -241,9 +240,7 @@ def first_answer_seconds(recipe: Recipe) -> dict[str, float]:
         torch.compiler.reset()
         model = new_model(recipe, torch.device("cpu"))
         begin = time.perf_counter()
-        speed_up(model)
-        if weights != "fp32":
-            compile_step(model, weights)
+        speed_up(model, weights)
         decoding = Decoding(model, [[0, 1]], Sampling(0.0, 0, 1.0, 1.0, max_new_tokens=2))
         for _ in decoding:  # the second token is the first that takes a single step
             pass

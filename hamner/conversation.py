@@ -14,9 +14,8 @@ import torch
 
 from hamner import checkpoints
 from hamner.checkpoints import Checkpoint
-from hamner.decode_step import WEIGHTS, compile_step
+from hamner.decode_step import WEIGHTS, speed_up
 from hamner.errors import UserError
-from hamner.few_rows import speed_up
 from hamner.generation import Sampling, fit_context, generate_text
 from hamner.machine import pick_device
 from hamner.recipe import STAGES, load_recipe
@@ -103,9 +102,7 @@ def open_speaker(
     recipe = checkpoint["recipe"]
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     model = checkpoints.load_model(checkpoint, path).to(where, dtype).eval()
-    speed_up(model)
-    if weights != "fp32":
-        compile_step(model, weights)
+    speed_up(model, weights)
     return Speaker(
         model=model,
         tokenizer=checkpoints.load_tokenizer(checkpoint),

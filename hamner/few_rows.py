@@ -7,7 +7,7 @@ all cores share; the numbers are those of the same weights. Measured in benchmar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,35 +18,30 @@ from model import Transformer
 FEW = 4  # rows up to which the blocks are the faster way
 BLOCK = 32  # rows of a weight in a block
 
-Product = Callable[[Tensor], Tensor]  # (..., in) -> (..., out)
-
 
 def speed_up(model: Transformer) -> None:
     """Have a model on a CPU multiply few rows in the fast way; longer inputs stay as they are."""
+    if not torch.backends.mkl.is_available():
+        return
     for module in model.modules():
-        if isinstance(module, nn.Linear) and can_be_cut(module.weight):
-            module.forward = fast_product(module.weight.detach())  # type: ignore
+        if isinstance(module, nn.Linear) and module.weight.device.type == "cpu":
+            module.forward = partial(_forward, module)  # type: ignore[method-assign]
 
 
-def can_be_cut(weight: Tensor) -> bool:
-    on_cpu = weight.device.type == "cpu" and torch.backends.mkl.is_available()
-    return on_cpu and len(weight) % BLOCK == 0
+def _forward(linear: nn.Linear, x: Tensor) -> Tensor:
+    return product(x, linear.weight.detach())
 
 
-def fast_product(weight: Tensor) -> Product:
-    """A function that multiplies with a weight (out, in), few rows by blocks."""
-    blocks = weight.view(-1, BLOCK, weight.shape[1])  # (N, BLOCK, in)
-    count, _, size = blocks.shape
-
-    def product(x: Tensor) -> Tensor:
-        rows = x.numel() // size
-        if rows > FEW:
-            return F.linear(x, weight)
-        # Every block meets the same columns (in, M). MKL is slow where their strides are others.
-        columns = x.contiguous().as_strided((count, size, rows), (0, 1, size))
-        products = torch.bmm(blocks, columns)  # (N, BLOCK, M)
-        if rows > 1:
-            products = products.permute(2, 0, 1).contiguous()
-        return products.view(*x.shape[:-1], len(weight))
-
-    return product
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., in) and a weight (out, in) -> (..., out): few rows by blocks, if it can be cut."""
+    out, size = weight.shape
+    rows = x.numel() // size
+    if rows > FEW or out % BLOCK:
+        return F.linear(x, weight)
+    count = out // BLOCK
+    # Every block meets the same columns (in, M). MKL is slow where their strides are others.
+    columns = x.contiguous().as_strided((count, size, rows), (0, 1, size))
+    products = torch.bmm(weight.view(count, BLOCK, size), columns)  # (count, BLOCK, M)
+    if rows > 1:
+        products = products.permute(2, 0, 1).contiguous()
+    return products.view(*x.shape[:-1], out)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hamner.machine import auto_precision
 from hamner.recipe import Recipe, StreamStage
 from model import CPU_HEAD_TOKENS, MAX_LOGITS, ModelConfig
 
@@ -54,9 +55,10 @@ class Work:
 def work_of(
     recipe: Recipe, stage: str, device_type: str, *, checkpointing: bool, ranks: int = 1
 ) -> Work:
-    """The work of a stage; `auto` is 16-bit and compiled on a GPU, and fp32 as it is elsewhere."""
+    """The work of a stage; where the recipe says `auto`, as it would be on this device."""
     settings, cuda = recipe.stage(stage), device_type == "cuda"
     each = 2 if stage == "dpo" else 1  # a pair is two sequences
+    precision = auto_precision(device_type) if recipe.precision == "auto" else recipe.precision
     per_step = sequences_per_step(recipe, stage) // each // ranks
     rows = max(1, min(settings.micro_batch, per_step))
     return Work(
@@ -66,7 +68,7 @@ def work_of(
         micro_batches=max(1, -(-per_step // rows)),
         packed=not isinstance(settings, StreamStage),
         device_type=device_type,
-        half=cuda if recipe.precision == "auto" else recipe.precision != "fp32",
+        half=precision != "fp32",
         compiled=cuda if recipe.compile == "auto" else bool(recipe.compile),
         checkpointing=checkpointing,
         muon=settings.optimizer.kind == "muon",

@@ -118,7 +118,8 @@ def files_bytes(recipe: Recipe, name: str) -> int:
     source = recipe.sources[name]
     if not isinstance(source, FileSource):
         return 0
-    paths = (path for pattern in source.paths for path in Path(recipe.data_dir).glob(pattern))
+    folder = Path(source.folder or recipe.data_dir)
+    paths = (path for pattern in source.paths for path in folder.glob(pattern))
     return sum(path.stat().st_size for path in paths if path.is_file())
 
 

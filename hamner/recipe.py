@@ -100,7 +100,8 @@ class HubSource(SourcePart):
 
 class FileSource(SourcePart):
     kind: Literal["files"]
-    paths: list[str] = Field(min_length=1)  # globs below data_dir
+    paths: list[str] = Field(min_length=1)  # globs below the folder
+    folder: str | None = None  # default: the recipe's data_dir
 
 
 class GeneratorSource(SourcePart):

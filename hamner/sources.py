@@ -69,18 +69,19 @@ class Files(Source):
 
     name: str
     spec: FileSource
-    data_dir: str
+    folder: str
     seed: int
 
     def paths(self) -> list[Path]:
         found: set[str] = set()
         for pattern in self.spec.paths:
-            matches = glob.glob(str(Path(self.data_dir, pattern)), recursive=True)
+            matches = glob.glob(str(Path(self.folder, pattern)), recursive=True)
             if not matches:
+                setting = f"sources.{self.name}.folder" if self.spec.folder else "data_dir"
                 raise UserError(
-                    f"source {self.name!r}: no file matches {Path(self.data_dir, pattern)}; "
+                    f"source {self.name!r}: no file matches {Path(self.folder, pattern)}; "
                     "put it there (data/README.md says what writes it), or say where your data "
-                    "lies with --set data_dir=FOLDER"
+                    f"lies with --set {setting}=FOLDER"
                 )
             found.update(matches)
         return [Path(path) for path in sorted(found)]
@@ -267,7 +268,7 @@ def open_source(name: str, recipe: Recipe) -> Source:
     """The recipe's source of that name."""
     spec: AnySource = recipe.sources[name]
     if isinstance(spec, FileSource):
-        return Files(name, spec, recipe.data_dir, recipe.seed)
+        return Files(name, spec, spec.folder or recipe.data_dir, recipe.seed)
     if isinstance(spec, HubSource):
         return Hub(name, spec, recipe.seed, recipe.mirror)
     if isinstance(spec, GeneratorSource):

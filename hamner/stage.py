@@ -21,7 +21,7 @@ from hamner.batches import (
     lanes_of,
 )
 from hamner.errors import UserError
-from hamner.machine import Machine, free_memory, join, leave, pick_device
+from hamner.machine import Machine, auto_precision, free_memory, join, leave, pick_device
 from hamner.plan import fits_without_checkpointing, print_plan
 from hamner.recipe import STAGES, DPOStage, HubSource, Recipe, SFTStage, StreamStage, load_recipe
 from hamner.sources import DocumentStream, open_stream, source_problems
@@ -175,7 +175,7 @@ def resolved(recipe: Recipe, stage: str, machine: Machine) -> Recipe:
         )
     changes: dict[str, Any] = {}
     if recipe.precision == "auto":
-        changes["precision"] = "fp16" if on_gpu else "fp32"
+        changes["precision"] = auto_precision(machine.device.type)
     if recipe.compile == "auto":
         changes["compile"] = on_gpu
     recipe = recipe.model_copy(update=changes)

@@ -1,4 +1,4 @@
-"""The compiled step of one token: the model's own numbers, but for the rounding of its weights.
+"""The step of one token: the model's own numbers, but for the rounding of its weights.
 
 Run without compiling here, which changes no number that counts; compiled once, at the end.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hamner import decode_step
-from hamner.decode_step import compile_step, rounded
+from hamner.decode_step import speed_up, stored
 from hamner.errors import UserError
 from hamner.generation import Sampling, generate_batch, generate_ids
 from model import KVCache, ModelConfig, Transformer
@@ -46,7 +46,7 @@ def with_rounded_weights(model: Transformer, weights: str) -> Transformer:
     copy.load_state_dict(model.state_dict())
     for name, parameter in copy.named_parameters():
         if parameter.ndim == 2 and "embed" not in name:
-            values, scales = rounded(parameter, weights)
+            values, scales = stored(parameter, weights)
             exact = values.float() if scales is None else values.float() * scales[:, None]
             parameter.data.copy_(exact)
     return copy
@@ -65,16 +65,37 @@ def test_the_step_is_the_model_with_rounded_weights(model: Transformer, weights:
     ids = torch.randint(0, 320, (40,)).tolist()
     expected = step_by_step(with_rounded_weights(model, weights), ids)
     exact = step_by_step(model, ids)
-    compile_step(model, weights)
+    speed_up(model, weights)
     found = step_by_step(model, ids)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert (found - exact).abs().max() > 1e-3  # they were rounded
 
 
+def test_in_32_bits_the_step_is_the_model_and_holds_its_weights_once(model: Transformer) -> None:
+    ids = torch.randint(0, 320, (40,)).tolist()
+    expected, before = step_by_step(model, ids), dict(model.state_dict())
+    calls = []
+    speed_up(model)
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+    attention.q_proj.register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(step_by_step(model, ids), expected, atol=1e-5, rtol=1e-5)
+    assert not calls  # single tokens went by the step
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, before[name])
+    for parts in (
+        [attention.q_proj, attention.k_proj, attention.v_proj],
+        [mlp.gate_proj, mlp.up_proj],
+    ):
+        storages = {part.weight.untyped_storage().data_ptr() for part in parts}
+        assert len(storages) == 1
+    generate_batch(model, [PROMPT, PROMPT], GREEDY, ())
+    assert calls  # answers side by side didn't
+
+
 @pytest.mark.parametrize("weights", ["bf16", "int8"])
 def test_rounding_is_off_by_half_a_step_at_most(weights: str) -> None:
     weight = torch.randn(50, 48) * torch.logspace(-6, 3, 50)[:, None]
-    values, scales = rounded(weight, weights)
+    values, scales = stored(weight, weights)
     if scales is None:
         bound = weight.abs() / 256
         found = values.float()
@@ -82,7 +103,7 @@ def test_rounding_is_off_by_half_a_step_at_most(weights: str) -> None:
         bound = (weight.abs().amax(1, keepdim=True) / 127 / 2).expand_as(weight) * 1.001
         found = values.float() * scales[:, None]
     assert ((found - weight).abs() <= bound).all()
-    zeros, _ = rounded(torch.zeros(2, 3), weights)
+    zeros, _ = stored(torch.zeros(2, 3), weights)
     assert not zeros.any()
 
 
@@ -91,7 +112,7 @@ def test_prompts_and_answers_side_by_side_take_the_weights_of_32_bits(model: Tra
     together = generate_batch(model, prompts, GREEDY, ())
     with torch.no_grad():
         exact = model(torch.tensor([PROMPT])).logits
-    compile_step(model, "int8")
+    speed_up(model, "int8")
     assert generate_batch(model, prompts, GREEDY, ()) == together
     with torch.no_grad():
         assert torch.equal(model(torch.tensor([PROMPT])).logits, exact)
@@ -102,7 +123,7 @@ def test_prompts_and_answers_side_by_side_take_the_weights_of_32_bits(model: Tra
 def test_compiled_answers_are_the_eager_ones(model: Transformer) -> None:
     if decode_step.why_not_compile(torch.device("cpu")):
         pytest.skip("nothing can be compiled here")
-    compile_step(model, "bf16")
+    speed_up(model, "bf16")
     with torch.compiler.set_stance("force_eager"):
         expected = list(generate_ids(model, PROMPT, GREEDY, ()))
     assert list(generate_ids(model, PROMPT, GREEDY, ())) == expected
@@ -115,7 +136,7 @@ def test_what_can_not_be_had_is_refused(
     with torch.device("meta"):
         elsewhere = Transformer(CONFIG)
     with pytest.raises(UserError, match="--weights int8 is for the CPU"):
-        compile_step(elsewhere, "int8")
+        speed_up(elsewhere, "int8")
     monkeypatch.setattr(decode_step, "why_not_compile", lambda _: "no C++ compiler")
     with pytest.raises(UserError, match=r"--weights bf16 .* can't be: no C\+\+ compiler"):
-        compile_step(model, "bf16")
+        speed_up(model, "bf16")

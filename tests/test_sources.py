@@ -237,6 +237,10 @@ def test_a_missing_file_is_named_with_what_to_do(tmp_path: Path) -> None:
     message = message_of(Files("web", spec, str(tmp_path), seed=0).rows(0, None))
     assert message.startswith(f"source 'web': no file matches {tmp_path}/no/*.jsonl; ")
     assert "--set data_dir=" in message
+    own = spec.model_copy(update={"folder": str(tmp_path)})
+    assert "--set sources.web.folder=" in message_of(
+        Files("web", own, str(tmp_path), 0).rows(0, None)
+    )
 
 
 # ------------------------------------------------------------------------------- made here
@@ -246,6 +250,19 @@ def with_source(raw: dict[str, Any], **spec: Any) -> Any:
     """The small recipe with one more source, called 'made'."""
     raw["sources"]["made"] = spec
     return check_recipe(raw, "r.yaml")
+
+
+def test_a_source_with_a_folder_of_its_own_doesnt_look_into_data_dir(
+    raw: dict[str, Any], tmp_path: Path
+) -> None:
+    for place in ("there", "here"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "a.txt").write_text(f"It lies {place}.")
+    raw["data_dir"], folder = str(tmp_path / "there"), str(tmp_path / "here")
+    recipe = with_source(raw, kind="files", paths=["*.txt"], folder=folder)
+    assert [row["text"] for row, _ in open_source("made", recipe).rows(0, None)] == [
+        "It lies here."
+    ]
 
 
 TASKS = {"kind": "generator", "function": "synthetic_tasks:document", "options": {"difficulty": 1}}

@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train_chat_pretrain
 import train_dpo
 import train_pretrain
-from hamner import checkpoints, stage, step_records, tokenization, training
+from hamner import checkpoints, machine, stage, step_records, tokenization, training
 from hamner.batches import Batch, Example, MicroBatch, make_example, packed_batch
 from hamner.errors import UserError, run
 from hamner.machine import Machine, pick_device, why_not_compile
@@ -983,16 +983,24 @@ def decided(recipe: Recipe, name: str, device: str) -> tuple[Any, Any, Any]:
     return recipe.precision, recipe.compile, recipe.gradient_checkpointing
 
 
+@pytest.mark.parametrize("bf16", [True, False])
 @pytest.mark.parametrize("name", ["base", "sft", "dpo"])
-def test_auto_is_decided_for_the_device(name: str, with_memory: Callable[[float], None]) -> None:
+def test_auto_is_decided_for_the_device(
+    name: str,
+    bf16: bool,
+    with_memory: Callable[[float], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(machine, "cpu_multiplies_bf16", lambda: bf16)
+    on_cpu = "bf16" if bf16 else "fp32"
     recipe = load_recipe("v4")
     assert {recipe.precision, recipe.compile, recipe.gradient_checkpointing} == {"auto"}
     with_memory(1_000)
     assert decided(recipe, name, "cuda") == ("fp16", True, False)
-    assert decided(recipe, name, "cpu") == ("fp32", False, False)
+    assert decided(recipe, name, "cpu") == (on_cpu, False, False)
     with_memory(2)
     assert decided(recipe, name, "cuda") == ("fp16", True, True)
-    assert decided(recipe, name, "cpu") == ("fp32", False, True)
+    assert decided(recipe, name, "cpu") == (on_cpu, False, True)
 
 
 def test_what_the_recipe_says_is_not_decided_again(with_memory: Callable[[float], None]) -> None:
@@ -1016,14 +1024,18 @@ def test_activations_are_recomputed_where_memory_is_short_and_not_elsewhere(
 
 
 def test_a_run_says_what_was_decided(
-    call: Call, workshop: Workshop, capsys: pytest.CaptureFixture[str]
+    call: Call,
+    workshop: Workshop,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(machine, "cpu_multiplies_bf16", lambda: True)
     workshop.raw.update(precision="auto", compile="auto", gradient_checkpointing="auto")
     assert call(train_pretrain, "--steps", "1") == 0
-    assert "parameters on cpu, fp32, from nothing\n" in capsys.readouterr().out
+    assert "parameters on cpu, bf16, from nothing\n" in capsys.readouterr().out
     path = workshop.folder / "checkpoints/micro/base/latest.pt"
     kept = checkpoints.load(path)["recipe"]
-    assert (kept["precision"], kept["compile"]) == ("fp32", False)
+    assert (kept["precision"], kept["compile"]) == ("bf16", False)
 
 
 # ------------------------------------------------------------------------------ no waiting
