@@ -94,7 +94,7 @@ def measure(name: str, base: str, overrides: list[str], seconds: float) -> Resul
         report, sources = Path(folder) / "report.json", ",".join(s.name for s in stage.sources)
         call(
             "evaluate_model.py", "--recipe", base, "--tasks", "none", "--sources", sources,
-            "--checkpoint", f"{folder}/run/latest.pt", "--bytes-per-source", "300000",
+            "--checkpoint", f"{folder}/run/latest.pt", "--bytes-per-source", "150000",
             "--device", "cpu", "--json", str(report), *options,
         )  # fmt: skip
         found = json.loads(report.read_text())

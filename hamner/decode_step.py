@@ -20,48 +20,56 @@ from torch import Tensor, nn
 from hamner import few_rows
 from hamner.errors import UserError
 from hamner.machine import why_not_compile
-from model import DecoderLayer, KVCache, Output, Transformer, attend, rotate
+from model import DecoderLayer, KVCache, Output, Transformer, attend, rms_norm, rotate
 
 WEIGHTS = ("fp32", "bf16", "int8")
 
 
 class Weight(NamedTuple):
-    """A weight (out, in) in fp32 or bf16; or in int8, times a scale (out) for each of its rows."""
+    """A weight (out, in) in bf16; or in int8, times a scale (out) for each row; or fp32 in blocks.
+
+    Blocks are those of `few_rows`; what can't be cut into them is fp32 as it is.
+    """
 
     values: Tensor
     scales: Tensor | None
 
 
 class LayerWeights(NamedTuple):
-    """What a token meets in a layer, in that order."""
+    """What a token meets in a layer, in that order. Products of the same input may be joined."""
 
     attention_norm: Tensor
-    qkv: Weight
+    qkv: list[Weight]
     o: Weight
     mlp_norm: Tensor
-    gate_up: Weight
+    gate_up: list[Weight]
     down: Weight
 
 
 def stored(weight: Tensor, weights: str) -> Weight:
-    """A weight in one of `WEIGHTS`; in fp32 it is the very same."""
+    """A weight in one of `WEIGHTS`; in fp32 it takes no memory of its own."""
     weight = weight.detach()
     if weights == "fp32":
-        return Weight(weight, None)
+        can_be_cut = torch.backends.mkl.is_available() and len(weight) % few_rows.BLOCK == 0
+        return Weight(few_rows.in_blocks(weight) if can_be_cut else weight, None)
     if weights == "bf16":
         return Weight(weight.bfloat16(), None)
     scales = (weight.abs().amax(1) / 127).clamp(min=1e-12)
     return Weight((weight / scales[:, None]).round().to(torch.int8), scales)
 
 
-def joined(linears: list[nn.Linear], weights: str) -> Weight:
-    """Several layers' weights, one below the other. In fp32 the layers go on as parts of it."""
+def joined(linears: list[nn.Linear], weights: str) -> list[Weight]:
+    """Weights for the same input; in fp32 a single one, whose parts the layers go on with.
+
+    Compiled, they are faster apart: the compiler then writes the input down before it is used.
+    """
+    if weights != "fp32":
+        return [stored(linear.weight, weights) for linear in linears]
     whole = torch.cat([linear.weight.detach() for linear in linears])
-    if weights == "fp32":  # or they would be in memory twice
-        parts = whole.split([len(linear.weight) for linear in linears])
-        for linear, part in zip(linears, parts, strict=True):
-            linear.weight.data = part
-    return stored(whole, weights)
+    parts = whole.split([len(linear.weight) for linear in linears])
+    for linear, part in zip(linears, parts, strict=True):
+        linear.weight.data = part
+    return [stored(whole, weights)]
 
 
 def layer_weights(layer: DecoderLayer, weights: str) -> LayerWeights:
@@ -76,20 +84,30 @@ def layer_weights(layer: DecoderLayer, weights: str) -> LayerWeights:
     )
 
 
-def product(x: Tensor, weight: Weight) -> Tensor:
-    """x (in) -> weight @ x (out)."""
-    if weight.values.dtype == torch.float32:
-        return few_rows.product(x, weight.values)
-    y = (weight.values.float() * x).sum(-1)
-    return y if weight.scales is None else y * weight.scales
+def product(x: Tensor, *weights: Weight) -> Tensor:
+    """x (in) -> weight @ x (out); of several weights, one result after the other."""
+    if len(weights) > 1:
+        return torch.cat([product(x, weight) for weight in weights])
+    ((values, scales),) = weights
+    if values.dim() == 3:
+        return few_rows.by_blocks(x, values)
+    if values.dtype == torch.float32:
+        return F.linear(x, values)
+    y = (values.float() * x).sum(-1)
+    return y if scales is None else y * scales
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of x (C)."""
+    return (rms_norm if torch.compiler.is_compiling() else few_rows.rms_norm)(x, weight, eps)
 
 
 def before_attention(
     x: Tensor, cos: Tensor, sin: Tensor, w: LayerWeights, heads: tuple[int, int], eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The stream x (C) and how many query and other heads -> q (1, H, 1, D), k, v (1, K, 1, D)."""
-    x = F.rms_norm(x, x.shape, w.attention_norm, eps)
-    qkv = product(x, w.qkv).view(1, heads[0] + 2 * heads[1], 1, -1)  # (1, H + 2K, 1, D)
+    x = norm(x, w.attention_norm, eps)
+    qkv = product(x, *w.qkv).view(1, heads[0] + 2 * heads[1], 1, -1)  # (1, H + 2K, 1, D)
     qk, v = qkv.split([sum(heads), heads[1]], dim=1)
     q, k = rotate(qk, cos, sin).split(heads, dim=1)
     return q, k, v
@@ -98,14 +116,14 @@ def before_attention(
 def after_attention(x: Tensor, y: Tensor, w: LayerWeights, eps: float) -> Tensor:
     """The stream x (C) and what attention gave, y (C) -> the stream (C)."""
     x = x + product(y, w.o)
-    h = F.rms_norm(x, x.shape, w.mlp_norm, eps)
-    gate, up = product(h, w.gate_up).chunk(2)
+    h = norm(x, w.mlp_norm, eps)
+    gate, up = product(h, *w.gate_up).chunk(2)
     return x + product(F.silu(gate) * up, w.down)
 
 
-def head(x: Tensor, norm: Tensor, weight: Weight, eps: float) -> Tensor:
+def head(x: Tensor, weight: Tensor, lm_head: Weight, eps: float) -> Tensor:
     """The stream x (C) -> logits (V)."""
-    return product(F.rms_norm(x, x.shape, norm, eps), weight)
+    return product(norm(x, weight, eps), lm_head)
 
 
 class DecodeStep:

@@ -38,10 +38,26 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     rows = x.numel() // size
     if rows > FEW or out % BLOCK:
         return F.linear(x, weight)
-    count = out // BLOCK
+    if rows == 1:
+        return by_blocks(x, in_blocks(weight)).view(*x.shape[:-1], out)
     # Every block meets the same columns (in, M). MKL is slow where their strides are others.
-    columns = x.contiguous().as_strided((count, size, rows), (0, 1, size))
-    products = torch.bmm(weight.view(count, BLOCK, size), columns)  # (count, BLOCK, M)
-    if rows > 1:
-        products = products.permute(2, 0, 1).contiguous()
-    return products.view(*x.shape[:-1], out)
+    columns = x.contiguous().as_strided((out // BLOCK, size, rows), (0, 1, size))
+    products = torch.bmm(in_blocks(weight), columns)  # (N, BLOCK, M)
+    return products.permute(2, 0, 1).reshape(*x.shape[:-1], out)
+
+
+def in_blocks(weight: Tensor) -> Tensor:
+    """(out, in) -> (N, BLOCK, in), the same memory."""
+    return weight.view(-1, BLOCK, weight.shape[1])
+
+
+def by_blocks(x: Tensor, blocks: Tensor) -> Tensor:
+    """A single row x (..., in) -> (out), with a weight in blocks (N, BLOCK, in)."""
+    count, _, size = blocks.shape
+    column = x.contiguous().as_strided((count, size, 1), (0, 1, size))
+    return torch.bmm(blocks, column).view(-1)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`model.rms_norm` of a single row x (C) in fp32, in fewer operations."""
+    return (x * (float(x.dot(x)) / len(x) + eps) ** -0.5).mul_(weight)
