@@ -18,6 +18,7 @@ from rich.table import Table
 
 from hamner.errors import UserError
 from hamner.gpus import GPU, find_gpu, gpu_of_driver
+from hamner.machine import auto_precision
 from hamner.memory import (
     Work,
     copy_bytes,
@@ -135,9 +136,10 @@ class Target:
     flops: float | None  # at its best; None is unknown
     memory: int | None  # bytes
     gpu: GPU | None = None
+    precision: str = "16 bits"  # that the FLOP/s are of
 
 
-def target_of(name: str, device: torch.device) -> Target:
+def target_of(name: str, device: torch.device, recipe: Recipe) -> Target:
     """The target of `--plan` (name `here`) or `--plan NAME`.
 
     Raises:
@@ -152,7 +154,9 @@ def target_of(name: str, device: torch.device) -> Target:
         flops = gpu_here.flops if gpu_here else None
         return Target(properties.name, "cuda", flops, properties.total_memory, gpu_here)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Target(str(device), device.type, peak_flops(device), memory)
+    precision = auto_precision(device.type) if recipe.precision == "auto" else recipe.precision
+    flops = peak_flops(device, precision)
+    return Target(str(device), device.type, flops, memory, precision=precision)
 
 
 def hours(recipe: Recipe, stage: str, tokens: int, target: Target) -> float | None:
@@ -316,7 +320,7 @@ def print_plan(
     Raises:
         UserError: no such GPU, or so many can't share a step.
     """
-    target = target_of(name, device)
+    target = target_of(name, device, recipe)
     shares = share_lines(recipe, stage, target, gpus) if gpus is not None else []
     print("\n".join([*stage_lines(recipe, stage, target), *shares]))
     Console().print(stages_table(recipe, target))
@@ -387,10 +391,10 @@ def time_text(recipe: Recipe, stage: str, tokens: Tokens, target: Target) -> str
     took = hours(recipe, stage, tokens.count, target)
     if took is None:
         return "unknown: no peak speed on record for this device and precision"
-    kind = "measured in fp32" if target.device_type == "cpu" else "data sheet, 16 bits"
+    kind = "measured in" if target.device_type == "cpu" else "data sheet,"
     return (
-        f"{took:,.1f} h at {UTILISATION:.0%} of {(target.flops or 0) / 1e12:.2f} TFLOP/s ({kind}); "
-        f"{UTILISATION_SOURCE}"
+        f"{took:,.1f} h at {UTILISATION:.0%} of {(target.flops or 0) / 1e12:.2f} TFLOP/s "
+        f"({kind} {target.precision}); {UTILISATION_SOURCE}"
     )
 
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from hamner.errors import UserError
 from hamner.files import write_text_whole
 from hamner.gpus import gpu_of_driver
+from hamner.machine import PRECISIONS
 
 
 def now() -> str:
@@ -174,19 +175,19 @@ class Stopwatch:
         return result
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """Peak FLOP/s: a data sheet's for known GPUs, measured for a CPU, None for others."""
+def peak_flops(device: torch.device, precision: str = "fp32") -> float | None:
+    """Peak FLOP/s: of 16 bits by a known GPU's data sheet, measured for a CPU, None for others."""
     if device.type == "cpu":
-        return _measured_matmul_flops()
+        return _measured_matmul_flops(PRECISIONS[precision])
     if device.type == "cuda":
         gpu = gpu_of_driver(torch.cuda.get_device_name(device))
         return gpu.flops if gpu else None
     return None
 
 
-def _measured_matmul_flops(size: int = 512, seconds: float = 0.5) -> float:
-    """FLOP/s of fp32 matrix products on this CPU, the best of as many as fit the time."""
-    a, b = torch.ones(size, size), torch.ones(size, size)
+def _measured_matmul_flops(dtype: torch.dtype, size: int = 512, seconds: float = 0.5) -> float:
+    """FLOP/s of matrix products on this CPU, the best of as many as fit the time."""
+    a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
     best, end = float("inf"), time.perf_counter() + seconds
     while True:
         begin = time.perf_counter()

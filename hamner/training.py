@@ -210,7 +210,7 @@ class Trainer:
         self.data: dict[str, Any] | None = None
         self._load_state(resume, inherit)
         self._flops = model.config.flops_per_token(self.settings.sequence_length)
-        self._peak = peak_flops(self.device)
+        self._peak = peak_flops(self.device, recipe.precision)
         self._records = StepRecords(machine)
         self._health = Health(task.stage, self.position)
         self._since_row: list[dict[str, float]] = []  # records of the steps since the last row

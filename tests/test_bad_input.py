@@ -63,7 +63,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     workshop = Workshop(folder, raw)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(training, "peak_flops", lambda device: None)
+        patch.setattr(training, "peak_flops", lambda *_: None)
         assert call(SCRIPTS["prepare"], "--recipe", str(workshop.recipe)) == 0
         for command in STAGES.values():
             assert call(command, "--recipe", str(workshop.recipe), "--steps", "3") == 0
@@ -343,7 +343,7 @@ def test_a_damaged_checkpoint_is_named_and_the_newest_good_one_taken(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(copied.folder)
-    monkeypatch.setattr(training, "peak_flops", lambda device: None)
+    monkeypatch.setattr(training, "peak_flops", lambda *_: None)
     recipe = ("--recipe", str(copied.recipe))
     assert call(STAGES[name], *recipe, "--steps", "5") == 0  # beside step 3 there is step 5 now
     path = latest(copied, name)
@@ -558,7 +558,7 @@ def test_the_same_input_without_its_fault_is_accepted(
 ) -> None:
     """What the tests above refuse, they refuse for the reason that they name."""
     monkeypatch.chdir(copied.folder)
-    monkeypatch.setattr(training, "peak_flops", lambda device: None)
+    monkeypatch.setattr(training, "peak_flops", lambda *_: None)
     recipe = ("--recipe", str(copied.recipe))
     for name, command in STAGES.items():
         more = ("--fresh",) if name == "base" else ()

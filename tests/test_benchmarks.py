@@ -193,12 +193,12 @@ def test_ratios_are_medians_of_the_rounds_own() -> None:
 
 def test_mfu_is_over_the_data_sheet_and_for_16_bits_only(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda, flops = torch.device("cuda"), TINY.flops_per_token(16)
-    monkeypatch.setattr(train_step, "peak_flops", lambda device: 50 * flops)
+    monkeypatch.setattr(train_step, "peak_flops", lambda *_: 50 * flops)
     results = {"ours": train_step.Result(speeds=[10, 20, 40])}
     half = train_step.Comparison(job(device=cuda, precision="fp16"), results)
     full = train_step.Comparison(job(device=cuda), results)
     assert half.mfu("ours") == pytest.approx(0.4) and full.mfu("ours") is None
-    monkeypatch.setattr(train_step, "peak_flops", lambda device: None)
+    monkeypatch.setattr(train_step, "peak_flops", lambda *_: None)
     assert half.mfu("ours") is None
 
 

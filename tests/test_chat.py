@@ -54,7 +54,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     recipe = ["--recipe", str(workshop.recipe), "--device", "cpu"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(training, "peak_flops", lambda device: None)
+        patch.setattr(training, "peak_flops", lambda *_: None)
         assert call(train_pretrain.main, *recipe, "--steps", "6") == 0
         base = str(folder / "checkpoints/micro/base/latest.pt")
         assert call(train_chat_pretrain.main, *recipe, "--checkpoint", base) == 0

@@ -237,7 +237,7 @@ def trained(
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(training.Trainer, "_step", seen)
-        patch.setattr(training, "peak_flops", lambda device: None)
+        patch.setattr(training, "peak_flops", lambda *_: None)
         for steps in ("4", "9"):
             options = ("--recipe", "micro.yaml", "--device", "cpu", "--steps", steps)
             assert call(train_pretrain.main, *options) == 0

@@ -84,7 +84,7 @@ class Arena:
         given += ["--variants", players] if players else []
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(self.folder)
-            patch.setattr(training, "peak_flops", lambda device: None)
+            patch.setattr(training, "peak_flops", lambda *_: None)
             patch.setattr(tournament, "draw", draw)
             return call(*given, *options)
 

@@ -94,7 +94,7 @@ def do(job: Job, rank: int) -> dict[str, Any]:
     """Run a job in this process; its exit code, output, and the rows it was trained on."""
     loss = TroubledLoss(job.trouble, rank)
     stage.language_modelling = loss  # type: ignore[assignment]
-    training.peak_flops = lambda device: None  # measuring it takes half a second
+    training.peak_flops = lambda *_: None  # measuring it takes half a second
     sys.argv = job.command_line()
     if job.exits:
         Path(f"outcomes/{job.name}.{rank}.began").write_text(str(time.time()))

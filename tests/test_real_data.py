@@ -75,7 +75,7 @@ def in_child(folder: str, environment: dict[str, str], work: Callable[[], None])
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     torch.set_num_threads(1)
-    training.peak_flops = lambda device: None  # measuring it takes half a second
+    training.peak_flops = lambda *_: None  # measuring it takes half a second
     hurry_the_client()
     work()
 

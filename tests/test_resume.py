@@ -75,7 +75,7 @@ def run_as_main(folder: str, script: str, arguments: list[str], moment: Moment |
     """What a child does. Its exit code is the script's; its output goes to the file `output`."""
     os.chdir(folder)
     torch.set_num_threads(1)
-    training.peak_flops = lambda device: None  # measuring it would take half of the time here
+    training.peak_flops = lambda *_: None  # measuring it would take half of the time here
     with open("output", "w") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)

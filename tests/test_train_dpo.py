@@ -602,7 +602,7 @@ def test_two_sources_are_not_split(raw: dict[str, Any], tokenizer: Tokenizer) ->
 def call(workshop: Workshop, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Call:
     """Runs stage 5 in this process, after an SFT checkpoint with untrained weights."""
     monkeypatch.chdir(workshop.folder)
-    monkeypatch.setattr(training, "peak_flops", lambda device: None)
+    monkeypatch.setattr(training, "peak_flops", lambda *_: None)
     recipe = check_recipe(workshop.raw, "test")
     sft = checkpoints.make_checkpoint(
         new_model(recipe, 4),

@@ -297,7 +297,7 @@ def test_an_epoch_shows_each_conversation_as_often_as_its_repeat_says(
 def call(workshop: Workshop, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Call:
     """Runs stage 4 in this process, after a chat checkpoint with untrained weights."""
     monkeypatch.chdir(workshop.folder)
-    monkeypatch.setattr(training, "peak_flops", lambda device: None)
+    monkeypatch.setattr(training, "peak_flops", lambda *_: None)
     recipe = check_recipe(workshop.raw, "test")
     chat = checkpoints.make_checkpoint(
         new_model(recipe, 4),

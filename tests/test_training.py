@@ -60,7 +60,7 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(training, "peak_flops", lambda device: None)
+    monkeypatch.setattr(training, "peak_flops", lambda *_: None)
 
 
 def new_model(recipe: Recipe) -> Transformer:
