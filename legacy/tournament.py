@@ -347,7 +347,7 @@ def main() -> int:
     place = Place(recipe.name, arguments.small, arguments.field)
     entrants = find_entrants(arguments, recipe, rules, place)
     if arguments.plan is not None:
-        target = target_of(arguments.plan, machine.device)
+        target = target_of(arguments.plan, machine.device, recipe)
         Console().print(planned_table(entrants, rules, target))
         return 0
     recipe = resolved(recipe, "base", machine)

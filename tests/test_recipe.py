@@ -312,7 +312,7 @@ def changed(raw: dict[str, Any], place: Place, value: Any) -> Iterator[dict[str,
     """The recipe with other values at one place, until one of them may be valid."""
     candidates: list[Any] = [f"{value}x", *raw["sources"]]
     candidates += ["fp32", "bf16", "wsd", "linear", "cosine", "prose", "code", "train", "ipo"]
-    candidates += [True, "fsdp", "muon"]
+    candidates += [True, "fsdp", "muon", "adamw"]
     if isinstance(value, bool):
         candidates = [not value]
     elif isinstance(value, (int, float)):
