@@ -95,6 +95,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--no-text", action="store_true", help="no bits per byte")
     add("--tasks", metavar="A,B", help="benchmarks by the harness's names, or none")
     add("--task-folder", type=Path, metavar="DIR", help="with the harness's YAML files of your own")
+    add("--parts", action="store_true", help="show the parts of groups of tasks, too")
     add("--limit", type=int, metavar="N", help="only the first N questions of each task")
     add("--fewshot", type=int, metavar="N", help="N examples before each question")
     add("--chat", action="store_true", help="ask the questions as a user would, in a chat")
@@ -359,10 +360,10 @@ def published_score(model: dict[str, Any], score: TaskScore) -> dict[str, Any] |
     return same[0] if same else None
 
 
-def tasks_table(subjects: Sequence[Subject], loaded: Loaded) -> Table:
+def tasks_table(subjects: Sequence[Subject], loaded: Loaded, parts: bool = False) -> Table:
     from hamner.evaluation.lm_eval_tasks import task_scores
 
-    scores = [task_scores(subject.results or {}, loaded.names) for subject in subjects]
+    scores = [task_scores(subject.results or {}, loaded.names, parts) for subject in subjects]
     models = [m for m in published() if any(published_score(m, each) for each in scores[0])]
     columns = [*labels(subjects), *(model["model"] for model in models)]
     table = empty_table("Benchmarks", ["task", "metric"], columns)
@@ -412,7 +413,7 @@ def show(arguments: argparse.Namespace, subjects: Sequence[Subject], loaded: Loa
     if any(subject.text for subject in subjects):
         console.print(text_table(subjects))
     if loaded is not None and loaded.tasks:
-        table = tasks_table(subjects, loaded)
+        table = tasks_table(subjects, loaded, arguments.parts)
         console.print(table)
         for note in notes(arguments, table):
             console.print(note)

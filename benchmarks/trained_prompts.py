@@ -153,6 +153,14 @@ def answers_by_category(questions: Sequence[Question]) -> dict[str, set[str]]:
     return found
 
 
+def of_categories(questions: Sequence[Question], names: Sequence[str]) -> list[Question]:
+    """Raises UserError for a category that there isn't."""
+    there = sorted({question.category for question in questions})
+    if unknown := [name for name in names if name not in there]:
+        raise UserError(f"--category {unknown[0]}: there are {', '.join(there)}")
+    return [question for question in questions if question.category in names]
+
+
 # ------------------------------------------------------------------------------- asking
 
 
@@ -388,6 +396,9 @@ def read_arguments() -> argparse.Namespace:
         "--checkpoint", type=Path, nargs="+", metavar="FILE", default=[None],
         help="one or several; default: the one that chat.py takes",
     )  # fmt: skip
+    parser.add_argument(
+        "--category", nargs="+", metavar="NAME", help="only these, such as identity math"
+    )
     parser.add_argument("--count", type=positive, help="so many questions, drawn; default: all")
     parser.add_argument(
         "--temp", type=float, nargs="+", default=[0.0], help="one temperature or several; default 0"
@@ -411,6 +422,8 @@ def main() -> int:
     path = Path(recipe.sft.data.folder) / "train.jsonl"
     questions = read_questions(path, read_categories(recipe))
     known = answers_by_category(questions)
+    if arguments.category:
+        questions = of_categories(questions, arguments.category)
     random.Random(arguments.seed).shuffle(questions)
     asked = questions[: arguments.count]
     print(f"{len(asked):,} of the {len(questions):,} first questions of {path}", flush=True)

@@ -361,3 +361,5 @@ def test_a_group_of_the_mirror_has_a_score_of_its_own(
     (score,) = task_scores(results, ["own_group"])
     single = [results["results"][part]["acc,none"] for part in parts]
     assert score.value == pytest.approx(sum(single) / 2)
+    with_parts = [each.task for each in task_scores(results, ["own_group"], parts=True)]
+    assert with_parts == ["own_group", *parts]

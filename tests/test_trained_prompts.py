@@ -404,3 +404,12 @@ def test_the_tokenizer_gives_back_what_it_takes(micro: Workshop) -> None:
     tokenizer: Tokenizer = open_tokenizer(load_recipe(str(micro.recipe)))
     for text in ("I'm Al.", "2 x 3 is 6.", "a  b , c", "naïve ☃"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_one_category_can_be_asked_alone() -> None:
+    questions = [
+        Question([{"role": "user", "content": name}], name, ["yes"]) for name in ("math", "facts")
+    ]
+    assert trained_prompts.of_categories(questions, ["facts"]) == questions[1:]
+    with pytest.raises(UserError, match="--category fact: there are facts, math"):
+        trained_prompts.of_categories(questions, ["fact"])

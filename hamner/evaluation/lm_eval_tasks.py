@@ -79,7 +79,8 @@ class Catalogue:
         for name in names:
             if name not in self._manager.all_tasks:
                 guess = nearest(name, self._manager.all_tasks)
-                raise UserError(f"--tasks: there is no task {name!r}{guess}")
+                own = "" if self._folder else "; for tasks of your own give --task-folder"
+                raise UserError(f"--tasks: there is no task {name!r}{guess}{own}")
 
     def parts(self, name: str) -> list[str]:
         """The single tasks that a name stands for: itself, or what its group or tag holds."""
@@ -252,10 +253,10 @@ class TaskScore:
     shots: int
 
 
-def task_scores(results: Results, names: Sequence[str]) -> list[TaskScore]:
-    """What the tasks and groups of these names came to, tasks in the names' order."""
+def task_scores(results: Results, names: Sequence[str], parts: bool = False) -> list[TaskScore]:
+    """What the tasks and groups of these names came to, in their order; of groups also `parts`."""
     found = []
-    for name in expanded(results, names):
+    for name in expanded(results, names, parts):
         for key, value in results["results"][name].items():
             metric, comma, filter_ = key.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
@@ -268,14 +269,17 @@ def task_scores(results: Results, names: Sequence[str]) -> list[TaskScore]:
     return found
 
 
-def expanded(results: Results, names: Sequence[str]) -> list[str]:
-    """Names that have scores: of a group that has none itself, or of a tag, the tasks in it."""
+def expanded(results: Results, names: Sequence[str], parts: bool) -> list[str]:
+    """Names that have scores: of a group that has none itself, or of a tag, the tasks in it.
+
+    With `parts`, also the tasks in groups that do have one.
+    """
     scored = [name for name, each in results["results"].items() if any("," in key for key in each)]
-    parts = {
+    summed_up = {
         part
         for group, each in results["group_subtasks"].items()
-        if group in scored
+        if group in scored and not parts
         for part in each
     }
     own = [name for name in names if name in scored]
-    return own + [name for name in scored if name not in own and name not in parts]
+    return own + [name for name in scored if name not in own and name not in summed_up]
