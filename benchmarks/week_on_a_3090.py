@@ -7,8 +7,8 @@ losses on held-out FineWeb-Edu are docs/runs/original_v4_base.csv. The curve thr
 on to all of the recipe's base tokens as the dashboard does it (hamner/plots/projection.py says what
 its band means). The anneal's part is what it brought in the small run, of which docs/runs/small
 holds the evaluation: the share by which it lowered the bits per byte of the base stage's sources.
-The band is widened by that share's own range over these sources. Bits per byte follow from the bytes
-that a token of cosmo2's tokenizer stands for, 4.2 to 4.8 in English prose.
+The band is widened by that share's own range over these sources. Bits per byte follow from the
+bytes that a token of cosmo2's tokenizer stands for, 4.2 to 4.8 in English prose.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ TOKENS_PER_SECOND = 26_037  # the median of the same log
 
 def logged_losses(path: Path) -> Series:
     with open(path, newline="") as file:
-        rows = [(float(row["tokens_total"]), float(row["val_loss"])) for row in csv.DictReader(file)]
-    tokens, losses = np.array(rows).T
+        rows = [(row["tokens_total"], row["val_loss"]) for row in csv.DictReader(file)]
+    tokens, losses = np.array(rows, dtype=float).T
     return Series(tokens, losses)
 
 
