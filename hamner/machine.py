@@ -235,8 +235,10 @@ def recomputing(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return recomputed
 
 
-def auto_precision(device_type: str) -> str:
-    """What `precision: auto` is: 16 bits where the device multiplies faster in them."""
+def precision_on(device_type: str, recipe: Recipe) -> str:
+    """The recipe's precision; `auto` is 16 bits where the device multiplies faster in them."""
+    if recipe.precision != "auto":
+        return recipe.precision
     if device_type == "cuda":
         return "fp16"
     return "bf16" if device_type == "cpu" and cpu_multiplies_bf16() else "fp32"

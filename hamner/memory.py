@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hamner.machine import auto_precision
+from hamner.machine import precision_on
 from hamner.recipe import Recipe, StreamStage
 from model import CPU_HEAD_TOKENS, MAX_LOGITS, ModelConfig
 
@@ -58,7 +58,6 @@ def work_of(
     """The work of a stage; where the recipe says `auto`, as it would be on this device."""
     settings, cuda = recipe.stage(stage), device_type == "cuda"
     each = 2 if stage == "dpo" else 1  # a pair is two sequences
-    precision = auto_precision(device_type) if recipe.precision == "auto" else recipe.precision
     per_step = sequences_per_step(recipe, stage) // each // ranks
     rows = max(1, min(settings.micro_batch, per_step))
     return Work(
@@ -68,7 +67,7 @@ def work_of(
         micro_batches=max(1, -(-per_step // rows)),
         packed=not isinstance(settings, StreamStage),
         device_type=device_type,
-        half=precision != "fp32",
+        half=precision_on(device_type, recipe) != "fp32",
         compiled=cuda if recipe.compile == "auto" else bool(recipe.compile),
         checkpointing=checkpointing,
         muon=settings.optimizer.kind == "muon",

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from hamner.errors import UserError
 from hamner.gpus import GPU, find_gpu, gpu_of_driver
-from hamner.machine import auto_precision
+from hamner.machine import precision_on
 from hamner.memory import (
     Work,
     copy_bytes,
@@ -154,7 +154,7 @@ def target_of(name: str, device: torch.device, recipe: Recipe) -> Target:
         flops = gpu_here.flops if gpu_here else None
         return Target(properties.name, "cuda", flops, properties.total_memory, gpu_here)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    precision = auto_precision(device.type) if recipe.precision == "auto" else recipe.precision
+    precision = precision_on(device.type, recipe)
     flops = peak_flops(device, precision)
     return Target(str(device), device.type, flops, memory, precision=precision)
 

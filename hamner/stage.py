@@ -21,7 +21,7 @@ from hamner.batches import (
     lanes_of,
 )
 from hamner.errors import UserError
-from hamner.machine import Machine, auto_precision, free_memory, join, leave, pick_device
+from hamner.machine import Machine, free_memory, join, leave, pick_device, precision_on
 from hamner.plan import fits_without_checkpointing, print_plan
 from hamner.recipe import STAGES, DPOStage, HubSource, Recipe, SFTStage, StreamStage, load_recipe
 from hamner.sources import DocumentStream, open_stream, source_problems
@@ -173,9 +173,7 @@ def resolved(recipe: Recipe, stage: str, machine: Machine) -> Recipe:
             f"{stage}.{key} ({each}) must be a multiple of the number of processes ({ranks}): "
             f"start fewer, or --set {stage}.{key}=..."
         )
-    changes: dict[str, Any] = {}
-    if recipe.precision == "auto":
-        changes["precision"] = auto_precision(machine.device.type)
+    changes: dict[str, Any] = {"precision": precision_on(machine.device.type, recipe)}
     if recipe.compile == "auto":
         changes["compile"] = on_gpu
     recipe = recipe.model_copy(update=changes)
