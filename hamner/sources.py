@@ -41,6 +41,7 @@ from hamner.recipe import (
 Document = str | list[dict[str, str]]
 Position = Any  # plain data: what JSON can hold
 State = dict[str, Any]  # likewise
+FILES_TOGETHER = 16  # files of a source that are read side by side
 PIECE = 4_000  # characters: about so long are the documents that a .txt file is cut into
 
 
@@ -87,16 +88,58 @@ class Files(Source):
         return [Path(path) for path in sorted(found)]
 
     def identity(self, position: Position) -> Any:
-        return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in self.paths()]
+        files = ([str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in self.paths())
+        return [FILES_TOGETHER, *files]
 
     def rows(self, epoch: int, position: Position) -> Iterator[tuple[Row, Position]]:
+        """Files are read side by side, FILES_TOGETHER of them, each in step with its size.
+
+        One after another, they would be a mix that drifts: the model forgets the first file's kind
+        of text while it reads the second (docs/EXPERIMENTS.md).
+        """
         paths = self.paths()
         random.Random(f"{self.seed}/{self.name}/files/{epoch}").shuffle(paths)
-        number, skip = position or (0, 0)
-        for index in range(number, len(paths)):
-            for row_number, row in read_file(paths[index], skip):
-                yield row, [index, row_number + 1]
-            skip = 0
+        first, done = self._checked(position)
+        for start in range(first, len(paths), FILES_TOGETHER):
+            yield from self._side_by_side(start, paths[start : start + FILES_TOGETHER], done)
+            done = []
+
+    def _side_by_side(
+        self, start: int, paths: list[Path], done: list[list[int]]
+    ) -> Iterator[tuple[Row, Position]]:
+        """Always the next row of the file of which the smallest share has been read.
+
+        `done` are rows and characters read of each file, if any was. Compressed files and others
+        in one group come to their ends at different times.
+        """
+        done = [list(each) for each in done] or [[0, 0] for _ in paths]
+        sizes = [max(1, path.stat().st_size) for path in paths]
+        readers = {i: read_file(path, done[i][0]) for i, path in enumerate(paths)}
+        while readers:
+            i = min(readers, key=lambda i: done[i][1] / sizes[i])
+            found = next(readers[i], None)
+            if found is None:
+                del readers[i]
+                continue
+            number, row = found
+            document = row.get(self.spec.column)
+            length = size_of(document) if isinstance(document, (str, list)) else 0
+            done[i] = [number + 1, done[i][1] + length + 1]
+            yield row, [start, [list(each) for each in done]]
+
+    def _checked(self, position: Position) -> tuple[int, list[list[int]]]:
+        """The first file of a group, and what has been read of the group's files.
+
+        Raises:
+            UserError: the position is of a version that read the files one after another.
+        """
+        first, done = position or (0, [])
+        if not isinstance(done, list):
+            raise UserError(
+                f"source {self.name!r}: this run began with an older version, which read files in "
+                "another order, and can't go on with this one: begin anew with --fresh"
+            )
+        return first, done
 
 
 def read_file(path: Path, skip: int = 0) -> Iterator[tuple[int, Row]]:

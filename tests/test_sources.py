@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hamner import sources
 from hamner.errors import UserError
 from hamner.recipe import FileSource, SourcePart, check_recipe
 from hamner.sources import (
@@ -224,8 +225,38 @@ def test_the_files_come_in_another_order_in_other_epochs(library: Files) -> None
     assert texts(library, 4) == texts(library, 4)
 
 
+def test_files_are_read_in_step_with_their_sizes(tmp_path: Path) -> None:
+    """At any time, of each the same share: what one file holds is nowhere left out for long."""
+    for name, count, size in (("a", 300, 200), ("b", 60, 500), ("c", 30, 5_000)):
+        write_rows(tmp_path / f"{name}.jsonl", [{"text": name * size} for _ in range(count)])
+    files = Files("mix", FileSource(kind="files", paths=["*.jsonl"]), str(tmp_path), seed=3)
+    whole = Counter(text[0] for text in texts(files, 0))
+    seen: Counter[str] = Counter()
+    for text in texts(files, 0):
+        seen[text[0]] += 1
+        shares = [seen[name] / whole[name] for name in "abc"]
+        assert max(shares) - min(shares) <= 0.12, seen
+    assert whole == {"a": 300, "b": 60, "c": 30}
+
+
+def test_many_files_are_read_in_groups(library: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "FILES_TOGETHER", 2)
+    order = "".join(text[0] for text in texts(library, 1))
+    assert Counter(order) == {"a": 7, "b": 10, "c": 9, "d": 1}
+    begins, ends = ([find(name) for name in "abcd"] for find in (order.index, order.rindex))
+    assert sorted(begins)[2] > sorted(ends)[1]  # a third one begins when two are at their ends
+
+
+def test_a_position_of_an_older_version_is_told(library: Files) -> None:
+    assert "begin anew with --fresh" in message_of(library.rows(0, [1, 12]))
+
+
+@pytest.mark.parametrize("together", [1, 2, 16])
 @pytest.mark.parametrize("epoch", [0, 1])
-def test_a_source_of_files_goes_on_at_any_position(library: Files, epoch: int) -> None:
+def test_a_source_of_files_goes_on_at_any_position(
+    library: Files, epoch: int, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "FILES_TOGETHER", together)
     rows = list(library.rows(epoch, None))
     for k, (_, position) in enumerate(rows):
         rest = list(library.rows(epoch, json_round_trip(position)))
