@@ -186,7 +186,7 @@ def main() -> int:
     ]
     results = by_kind(kinds, judge(pairs, *scores, recipe.dpo.beta))
     print(f"{path} against {reference_path}: {len(pairs):,} pairs, {left_out:,} left out")
-    Console(highlight=False).print(table_of(results))
+    Console(width=None if sys.stdout.isatty() else 100, highlight=False).print(table_of(results))
     if arguments.json:
         about = {
             "recipe": recipe.name, "checkpoint": str(path), "reference": str(reference_path),

@@ -5,10 +5,12 @@
 The project's own earlier run of v4 on that card stopped after a quarter of its base stage; its
 losses on held-out FineWeb-Edu are docs/runs/original_v4_base.csv. The curve through them is carried
 on to all of the recipe's base tokens as the dashboard does it (hamner/plots/projection.py says what
-its band means). The anneal's part is what it brought in the small run, of which docs/runs/small
-holds the evaluation: the share by which it lowered the bits per byte of the base stage's sources.
-The band is widened by that share's own range over these sources. Bits per byte follow from the
-bytes that a token of cosmo2's tokenizer stands for, 4.2 to 4.8 in English prose.
+its band means). The anneal's part is what it brought in the small run whose base stage, like v4's,
+stayed at its peak rate (docs/runs/small_flat): the share by which it lowered the bits per byte of
+the base stage's sources. The band is widened by that share's own range over these sources. Bits per
+byte follow from the bytes that a token of cosmo2's tokenizer stands for, 4.2 to 4.8 in English
+prose. Beside it stands what others have published of models of this size; losses are of their own
+texts and tokenizers.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
+import yaml
 
 from hamner.errors import run
 from hamner.files import write_text_whole
@@ -31,9 +34,30 @@ from hamner.plots.metrics import Series
 from hamner.plots.projection import project
 from hamner.recipe import load_recipe
 
-RUNS = Path(__file__).resolve().parent.parent / "docs/runs"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+RUNS, SCORES = DOCS / "runs", DOCS / "published_scores.yaml"
 BYTES_PER_TOKEN = (4.2, 4.8)
 TOKENS_PER_SECOND = 26_037  # the median of the same log
+PUBLISHED = [  # tokens that were read, and losses in nats per token
+    {
+        "model": "GPT-2 124M's shape, trained by llm.c",
+        "tokens": 10_000_000_000,
+        "loss": 3.2847,
+        "text": "FineWeb",
+        "source": "https://github.com/KellerJordan/modded-nanogpt",
+    },
+    {
+        "model": "GPT-2 124M's shape, trained by LitGPT",
+        "loss": 2.861,
+        "text": "OpenWebText",
+        "source": "https://github.com/Lightning-AI/litgpt/issues/1607",
+    },
+    {
+        "model": "SmolLM2-135M",
+        "tokens": 2_000_000_000_000,
+        "source": "https://huggingface.co/HuggingFaceTB/SmolLM2-135M",
+    },
+]
 
 
 def logged_losses(path: Path) -> Series:
@@ -58,11 +82,11 @@ def stage_tokens(stage: Any) -> int:
 
 def expected() -> dict[str, Any]:
     """The losses to be expected, in nats per token and bits per byte: low, middle, high."""
-    recipe, small = load_recipe("v4"), load_recipe("small")
+    recipe, small = load_recipe("v4"), load_recipe(str(RUNS / "small_flat/recipe.yaml"))
     losses = logged_losses(RUNS / "original_v4_base.csv")
     base = project(losses, stage_tokens(recipe.base)).final
     names = [source.name for source in small.base.sources]
-    gains = gains_of_anneal(RUNS / "small/evaluation.json", names)
+    gains = gains_of_anneal(RUNS / "small_flat/evaluation.json", names)
     share = (min(gains), sum(gains) / len(gains), max(gains))
     annealed = [loss * gain for loss, gain in zip(base, share, strict=True)]
     bits = [
@@ -83,6 +107,8 @@ def expected() -> dict[str, Any]:
         "anneal_over_base": share,
         "anneal_nats_per_token": annealed,
         "anneal_bits_per_byte": bits,
+        "published": PUBLISHED,
+        "published_scores": yaml.safe_load(SCORES.read_text(encoding="utf-8")),
     }
 
 

@@ -202,7 +202,8 @@ def fit_y(axes: Axes, heights: Iterable[float], share: float = 1.0, room: float 
 
 def legend(axes: Axes) -> None:
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="best", handlelength=1.4)
+        look = {"frameon": True, "facecolor": "white", "framealpha": 0.8, "edgecolor": "none"}
+        axes.legend(loc="best", handlelength=1.4, **look)  # readable where a line runs behind it
 
 
 def validation_key(axes: Axes) -> None:
