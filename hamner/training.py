@@ -294,13 +294,10 @@ class Trainer:
         self.progress = Progress(task.stage, position.step, task.steps, shown=self.machine.leads)
         self.model.train()
         batches = Prefetched(self._ready(task.batches(self.data)))
-        with (
-            Interrupt() as interrupt,
-            contextlib.closing(batches),
-            contextlib.closing(self.progress),
-        ):
-            self._train(batches, interrupt)
-        return self._finish()
+        with Interrupt() as interrupt:
+            with contextlib.closing(batches), contextlib.closing(self.progress):
+                self._train(batches, interrupt)
+            return self._finish()  # another signal doesn't cut the last save off
 
     def _train(self, batches: Prefetched[Batch], interrupt: Interrupt) -> None:
         batch = self._next(batches, interrupt)

@@ -268,10 +268,25 @@ def test_a_signal_stops_after_the_step_with_code_130_and_the_run_can_go_on(
     assert_same_logs(before, undisturbed, stage)
 
 
-def wait_for_step(folder: Path, step: int, seconds: float = 60.0) -> None:
+@pytest.mark.parametrize("stage", ["base"])
+def test_a_signal_in_the_last_save_doesnt_cut_it_off(
+    stage: str, before: Runs, undisturbed: Runs
+) -> None:
+    last = f"{step_file(stage, undisturbed.latest(stage)['step'])}.tmp"
+    output = before.run(stage, moment=Moment(last, 1, signal.SIGTERM))
+    assert f"{stage}: finished at step" in output
+    assert_same_end(before, undisturbed, stage)
+
+
+def newest_step(folder: Path) -> int:
+    """Of the step files: latest.pt is one behind if its run was killed between the two."""
+    return max((int(path.stem[5:]) for path in folder.glob("step_*.pt")), default=0)
+
+
+def wait_for_step_after(folder: Path, step: int, seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
-    while max((int(path.stem[5:]) for path in folder.glob("step_*.pt")), default=0) < step:
-        assert time.monotonic() < end, f"no step {step} in {folder}"
+    while newest_step(folder) <= step:
+        assert time.monotonic() < end, f"nothing after step {step} in {folder}"
         time.sleep(0.005)
 
 
@@ -289,12 +304,12 @@ def test_killed_and_terminated_from_outside_the_script_itself_ends_bit_identical
     delays, step = random.Random("outside"), 0
     for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 130)):
         process = one.workshop.start(*SCRIPTS["base"])
-        wait_for_step(one.checkpoints("base"), step + 3)
+        wait_for_step_after(one.checkpoints("base"), step)
         time.sleep(delays.uniform(0, 0.05))
         process.send_signal(number)
         process.communicate(timeout=60)
         assert process.returncode == code
-        step = one.latest("base")["step"]
+        step = newest_step(one.checkpoints("base"))
     one.run("base")
     other.run("base")
     assert_same_end(one, other, "base")
