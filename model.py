@@ -170,6 +170,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, causal: bool) -> 
     if isinstance(mask, list):
         return attend_apart(q, k, v, mask)
     grouped = q.shape[1] != k.shape[1]
+    if grouped and q.shape[2] == 1 and not causal:
+        # A single token's queries can stand as the positions of their group: K heads, not H.
+        y = attend(q.view(*k.shape[:2], -1, q.shape[3]), k, v, mask, False)
+        return y.reshape(q.shape)
     flash = q.device.type == "cuda" and q.dtype != torch.float32 and mask is None
     if grouped and not (flash or q.device.type == "cpu"):  # the other kernels don't know of groups
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)

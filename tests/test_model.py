@@ -245,6 +245,18 @@ def test_grouped_and_repeated_heads_attend_alike() -> None:
     close(attend(q, k, v, mask=None, causal=True), expected, 1e-6)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_single_token_attends_as_with_repeated_heads(batch: int, masked: bool) -> None:
+    torch.manual_seed(0)
+    q = torch.randn(batch, 1, 12, 8).transpose(1, 2)  # as a projection gives it
+    k, v = torch.randn(2, batch, 4, 30, 8)[..., :25, :].unbind()
+    mask = torch.rand(batch, 1, 1, 25) > 0.3 if masked else None
+    repeated = [x.repeat_interleave(3, dim=1) for x in (k, v)]
+    expected = F.scaled_dot_product_attention(q, *repeated, attn_mask=mask)
+    close(attend(q, k, v, mask, causal=False), expected, 1e-6)
+
+
 # Packing
 
 LENGTHS = (9, 1, 14, 6)  # of the packed sequences; then comes padding
