@@ -6,6 +6,7 @@ What chat.py shows on a terminal and chat_web.py in a browser is made here.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -103,6 +104,8 @@ def open_speaker(
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     model = checkpoints.load_model(checkpoint, path).to(where, dtype).eval()
     speed_up(model, weights)
+    if weights == "int8" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        print("--weights int8 is slow on a CPU without AVX-512: bf16 is faster", file=sys.stderr)
     return Speaker(
         model=model,
         tokenizer=checkpoints.load_tokenizer(checkpoint),
