@@ -122,8 +122,11 @@ def test_a_token_stream_is_its_documents_one_after_the_other(size: int) -> None:
 
 
 @pytest.mark.parametrize("block", [1, 7, 1_000])
-def test_a_token_stream_goes_on_exactly_from_any_token_of_two_epochs(block: int) -> None:
-    texts = numbered(100, READ_AHEAD + 9)
+def test_a_token_stream_goes_on_exactly_from_any_token_of_two_epochs(
+    block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hamner.batches.READ_AHEAD", 64)  # every token times every token
+    texts = numbered(100, 64 + 9)
     expected = tokens_of(texts, 2 * len(texts), block)
     for k in range(len(expected)):
         stream = stream_of(texts, block)

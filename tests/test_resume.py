@@ -297,7 +297,7 @@ def test_killed_and_terminated_from_outside_the_script_itself_ends_bit_identical
     (tmp_path / "one").mkdir()
     (tmp_path / "other").mkdir()
     one = Runs(server, micro_workshop(tmp_path / "one"))
-    one.workshop.raw["base"].update(steps=250, prompts=[])
+    one.workshop.raw["base"].update(steps=150, prompts=[])
     one.workshop.raw["common"].update(validate_every=100, log_every=10)
     one.workshop.write()
     other = Runs(server, Workshop(tmp_path / "other", one.workshop.raw))
