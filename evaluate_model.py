@@ -16,7 +16,6 @@ ARC-Easy, PIQA, LAMBADA, SciQ and BLiMP, or any others of its tasks. All is comp
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import sys
 import time
@@ -37,7 +36,7 @@ from hamner.checkpoints import Checkpoint, without_training_state
 from hamner.conversation import load_best
 from hamner.errors import UserError, first_line, nearest, run
 from hamner.evaluation.scoring import TextScore, held_out_documents, score_documents
-from hamner.files import write_text_whole
+from hamner.files import write_report
 from hamner.hub import Hub
 from hamner.machine import pick_device
 from hamner.recipe import STAGES, Recipe, apply_override, check_recipe, load_recipe
@@ -463,16 +462,6 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def write_report(path: Path, report: dict[str, Any]) -> None:
-    try:
-        write_text_whole(
-            path, [json.dumps(report, ensure_ascii=False, indent=2, default=str) + "\n"]
-        )
-    except OSError as error:
-        raise UserError(f"can't write {path}: {error.strerror}; name another with --json") from None
-    print(f"written to {path}")
-
-
 # ------------------------------------------------------------------------------- all of it
 
 
@@ -513,6 +502,7 @@ def main() -> int:
         report |= {"options": vars(arguments), "models": models, "published": published()}
         report |= {"not_run": loaded.problems if loaded is not None else {}}
         write_report(arguments.json, report)
+        print(f"written to {arguments.json}")
     return 0
 
 

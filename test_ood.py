@@ -31,8 +31,8 @@ from rich.console import Console
 from rich.table import Table
 
 from hamner.conversation import HIGHEST_TEMPERATURE, Speaker, open_speaker, printable, prompt_of
-from hamner.errors import UserError, first_line, run
-from hamner.files import write_text_whole
+from hamner.errors import UserError, run
+from hamner.files import write_report
 from hamner.generation import Sampling, generate_ids
 from hamner.recipe import load_recipe
 from hamner.sources import read_file, said
@@ -298,13 +298,7 @@ def write_json(path: Path, about: dict[str, Any], results: Sequence[Result]) -> 
     """Raises UserError if the file can't be written."""
     total = sum(result.score for result in results)
     scores = {"right": total / len(results), "interval": interval(total, len(results))}
-    rows = [plain(result) for result in results]
-    text = json.dumps({**about, **scores, "prompts": rows}, ensure_ascii=False, indent=1)
-    try:
-        write_text_whole(path, [text, "\n"])
-    except OSError as error:
-        reason = error.strerror or first_line(error)
-        raise UserError(f"--json {path}: can't be written ({reason}); name another file") from None
+    write_report(path, {**about, **scores, "prompts": [plain(result) for result in results]})
 
 
 # ------------------------------------------------------------------------------------- the script

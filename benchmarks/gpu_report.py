@@ -17,7 +17,6 @@ kept for validation. Needs neither the network nor the package `datasets`.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -50,7 +49,7 @@ from torch import Tensor, nn
 from train_step import VARIANTS, Comparison, Job, compare, device_name, table_of
 
 from hamner.errors import UserError, first_line, run
-from hamner.files import write_text_whole
+from hamner.files import write_report
 from hamner.machine import PRECISIONS, autocast, pick_device, why_not_compile
 from hamner.optim import make_optimizer
 from hamner.recipe import Recipe
@@ -254,14 +253,6 @@ def add_optimizers(table: Table, figures: dict[str, Any]) -> None:
     table.add_row("muon's tokens over adamw's", optional(figures["muon_to_adamw"], ".2f"), "", "")
 
 
-def write_report(path: Path, report: dict[str, Any]) -> None:
-    plain = json.loads(json.dumps(report), parse_constant=lambda _: None)  # JSON knows no nan
-    try:
-        write_text_whole(path, [json.dumps(plain, indent=1), "\n"])
-    except OSError as error:
-        raise UserError(f"--out {path}: can't be written ({first_line(error)})") from None
-
-
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -346,15 +337,15 @@ def main() -> int:
         "model": recipe.model.model_dump(), "batch": training.batch, "length": training.length,
         "speed": {}, "curves": [], "optimizers": None,
     }  # fmt: skip
-    write_report(arguments.out, report)
+    write_report(arguments.out, report, "--out")
     jobs = [make_job(arguments, recipe, precision) for precision in precisions]
     report["speed"] = speeds(arguments, jobs)
-    write_report(arguments.out, report)
+    write_report(arguments.out, report, "--out")
     if sequences is not None:
         found = curves(arguments, training, sequences)
         report["curves"] = [vars(curve) for curve in found]
         report["optimizers"] = compare_optimizers(found)
-        write_report(arguments.out, report)
+        write_report(arguments.out, report, "--out")
     Console().print(summary(report))
     return 0
 

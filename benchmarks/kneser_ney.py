@@ -55,13 +55,13 @@ from evaluate_model import (
     read_sources,
     recipe_of,
     text_as_json,
-    write_report,
 )
 from hamner import checkpoints
 from hamner.batches import TokenStream
 from hamner.checkpoints import Checkpoint
 from hamner.errors import UserError, run
 from hamner.evaluation.scoring import TextScore, bar, summed, tokenized
+from hamner.files import write_report
 from hamner.recipe import Recipe, load_recipe
 from hamner.sources import Document, source_problems
 from hamner.stage import stage_sources

@@ -34,11 +34,11 @@ from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluate_model import write_report
 from hamner import checkpoints
 from hamner.batches import on_device
 from hamner.checkpoints import Checkpoint
 from hamner.errors import UserError, run
+from hamner.files import write_report
 from hamner.machine import pick_device
 from hamner.recipe import Recipe
 from hamner.tokenization import Tokenizer

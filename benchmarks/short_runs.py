@@ -32,7 +32,7 @@ from common import narrow_table, positive
 from rich.console import Console
 
 from hamner.errors import UserError, run
-from hamner.files import write_text_whole
+from hamner.files import write_report
 from hamner.machine import autocast
 from hamner.optim import make_optimizer
 from hamner.recipe import Recipe, load_recipe
@@ -168,7 +168,7 @@ def main() -> int:
         for done in as_completed(waiting):
             results.append(done.result())
             kept = {"minutes": arguments.minutes, "torch": torch.__version__, "runs": results}
-            write_text_whole(arguments.json, [json.dumps(kept, indent=1) + "\n"])
+            write_report(arguments.json, kept)
             show(results, arguments.minutes)
     return 0
 

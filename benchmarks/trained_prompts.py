@@ -28,7 +28,6 @@ there are any. Products, the times table, are what is answered "a x b is c" (or 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import re
 import sys
@@ -48,8 +47,8 @@ from rich.table import Table
 from tqdm import tqdm
 
 from hamner.conversation import HIGHEST_TEMPERATURE, Speaker, open_speaker
-from hamner.errors import UserError, first_line, run
-from hamner.files import write_text_whole
+from hamner.errors import UserError, run
+from hamner.files import write_report
 from hamner.generation import Sampling, generate_batch
 from hamner.recipe import FileSource, Recipe
 from hamner.sources import open_source, read_file, said
@@ -375,15 +374,6 @@ def table_of(results: Sequence[Result]) -> Table:
     return table
 
 
-def write_json(path: Path, report: Result) -> None:
-    """Raises UserError if the file can't be written."""
-    try:
-        write_text_whole(path, [json.dumps(report, ensure_ascii=False, indent=1), "\n"])
-    except OSError as error:
-        reason = error.strerror or first_line(error)
-        raise UserError(f"--json {path}: can't be written ({reason}); name another file") from None
-
-
 # ------------------------------------------------------------------------------- command line
 
 
@@ -437,7 +427,7 @@ def main() -> int:
     Console(highlight=False).print(table_of(results))
     if arguments.json:
         about = {"recipe": recipe.name, "trained_on": str(path), "seed": arguments.seed}
-        write_json(arguments.json, {**about, "questions": len(asked), "runs": results})
+        write_report(arguments.json, {**about, "questions": len(asked), "runs": results})
     return 0
 
 

@@ -29,7 +29,7 @@ import numpy as np
 import yaml
 
 from hamner.errors import run
-from hamner.files import write_text_whole
+from hamner.files import write_report
 from hamner.plots.metrics import Series
 from hamner.plots.projection import project
 from hamner.recipe import load_recipe
@@ -122,7 +122,7 @@ def main() -> int:
     for name, values in found.items():
         print(f"{name:24}{json.dumps(values)}")
     if arguments.json is not None:
-        write_text_whole(arguments.json, [json.dumps(found, indent=1) + "\n"])
+        write_report(arguments.json, found)
     return 0
 
 

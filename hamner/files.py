@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hamner.errors import UserError, first_line
+
 
 def write_bytes_whole(path: Path, parts: Iterable[bytes]) -> None:
     """Write parts one after the other to a temporary file, flush it, and rename it to `path`.
@@ -34,3 +36,19 @@ def write_text_whole(path: Path, parts: Iterable[str]) -> None:
 def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object a line, whole or not at all."""
     write_text_whole(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_report(path: Path, report: Mapping[str, Any], option: str = "--json") -> None:
+    """Write what was found as JSON, whole or not at all; infinities and NaN become null.
+
+    Raises:
+        UserError: the file, which `option` named, can't be written.
+    """
+    plain = json.loads(json.dumps(report, default=str), parse_constant=lambda _: None)
+    try:
+        write_text_whole(path, [json.dumps(plain, ensure_ascii=False, indent=1), "\n"])
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise UserError(
+            f"{option} {path}: can't be written ({reason}); name another file"
+        ) from None

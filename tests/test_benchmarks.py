@@ -29,6 +29,7 @@ import train_step
 
 from hamner.batches import make_example
 from hamner.errors import UserError
+from hamner.files import write_report
 from hamner.recipe import load_recipe
 from model import IGNORE_INDEX, ModelConfig, Transformer
 
@@ -443,7 +444,7 @@ def test_tokens_to_a_loss_are_read_off_the_curve() -> None:
 
 
 def test_a_run_that_diverged_is_null_in_the_report(tmp_path: Path) -> None:
-    gpu_report.write_report(tmp_path / "r.json", {"losses": [1.5, math.nan]})
+    write_report(tmp_path / "r.json", {"losses": [1.5, math.nan]})
     assert json.loads((tmp_path / "r.json").read_text()) == {"losses": [1.5, None]}
 
 

@@ -439,7 +439,7 @@ def test_a_report_that_can_not_be_written_is_told_after_the_tables(
     options = (*NO_TASKS, "--sources", "web", "--json", "file/report.json")
     code, out, err = measure(*RECIPE, *options)
     assert code == 2 and "bits/byte" in out
-    assert err.startswith("error: can't write file/report.json: ")
+    assert err.startswith("error: --json file/report.json: can't be written (")
 
 
 def test_the_script_runs_and_imports_the_harness_only_for_benchmarks(measured: Workshop) -> None:
