@@ -496,6 +496,7 @@ def main() -> int:
         report = {"time": now(), "seconds": round(time.perf_counter() - began, 3)}
         report |= {"options": vars(arguments), **as_json(checkpoint, read, model, scores)}
         write_report(arguments.json, report)
+        print(f"written to {arguments.json}")
     return 0
 
 

@@ -194,6 +194,7 @@ def main() -> int:
             "beta": recipe.dpo.beta, "left_out": left_out, "kinds": results,
         }  # fmt: skip
         write_report(arguments.json, about)
+        print(f"written to {arguments.json}")
     return 0
 
 

@@ -38,16 +38,18 @@ def learning_rate(step: int, steps: int, peak: float, schedule: SchedulePart) ->
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon, with the products of a device that multiplies in 16 bits or in 32.
+    """torch's Muon, but in fp32 on a CPU that doesn't multiply in bf16.
 
-    torch's is always in bf16, and on a CPU that has no instructions for it such a product takes 20
-    times as long as in fp32. There the update is computed here; elsewhere it is torch's own.
+    torch's multiplies in bf16 always, and without instructions for it a product takes 20 times as
+    long as in fp32. There the update is computed here, in the form that `Optimizer` asks for:
+    Nesterov's momentum, and updates of AdamW's size. Elsewhere it is torch's own.
     """
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update the parameters that have gradients; there is no closure to call."""
-        if fast_type(self.param_groups[0]["params"][0].device) == torch.bfloat16:
+        device = self.param_groups[0]["params"][0].device
+        if device.type != "cpu" or cpu_multiplies_bf16():
             super().step()
             return
         for group in self.param_groups:
@@ -64,12 +66,6 @@ class Muon(torch.optim.Muon):
         update = orthogonal(gradient.lerp(momentum, group["momentum"]), group)
         parameter.mul_(1 - rate * group["weight_decay"])
         parameter.add_(update, alpha=-rate * 0.2 * math.sqrt(max(parameter.shape)))
-
-
-def fast_type(device: torch.device) -> torch.dtype:
-    """The type in which products of matrices are fastest on a device."""
-    slow = device.type == "cpu" and not cpu_multiplies_bf16()
-    return torch.float32 if slow else torch.bfloat16
 
 
 def orthogonal(matrix: Tensor, group: Mapping[str, Any]) -> Tensor:
