@@ -54,14 +54,21 @@ def test_a_variant_gets_the_steps_that_fit_and_its_own_fields(
     assert "linear" in schedule and "warmup: 10" in schedule and "floor: 0.0" in schedule
 
 
+def test_steps_that_are_given_hold_whatever_time_they_take(
+    scripts: Scripts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(short_runs, "step_seconds", lambda recipe: 1e9)
+    found = short_runs.measure("few", "tiny", [], 100, 30)
+    assert found["steps"] == 30 and "base.steps=30" in scripts.calls[0][1]
+
+
 def test_a_larger_model_takes_longer_for_a_step() -> None:
     threads = torch.get_num_threads()
+    settings = ["base.sequences_per_step=2", "precision=auto"]
     try:
         small, large = (
             short_runs.step_seconds(
-                short_runs.load_recipe(
-                    "tiny", [f"model.num_hidden_layers={layers}", "base.sequences_per_step=2"]
-                ),
+                short_runs.load_recipe("tiny", [f"model.num_hidden_layers={layers}", *settings]),
                 steps=2,
             )
             for layers in (1, 10)
@@ -96,6 +103,6 @@ def test_the_table_begins_with_the_best(capsys: pytest.CaptureFixture[str]) -> N
         run | {"name": "worse", "bits_per_byte": {"mixed": 2.5}},
         run | {"name": "better", "bits_per_byte": {"mixed": 2.25}},
     ]
-    short_runs.show(runs, 3)
+    short_runs.show(runs, "5 steps")
     said = capsys.readouterr().out
     assert said.index("better") < said.index("worse") and "2.2500" in said
