@@ -22,7 +22,8 @@ def learning_rate(step: int, steps: int, peak: float, schedule: SchedulePart) ->
 
     Linear warm-up from peak / warmup, then from the peak towards `floor * peak`:
     `linear` and `cosine` decay over all that is left; `wsd` (warm-up, stable, decay,
-    arXiv 2404.06395) stays at the peak and decays linearly over the last `decay` steps.
+    arXiv 2404.06395) stays at the peak and decays over the last `decay` steps: in equal steps, or
+    with 1 - sqrt of the decay's part that is over, fast and then slowly (arXiv 2405.18392).
     """
     if step < schedule.warmup:
         return peak * (step + 1) / schedule.warmup
@@ -34,6 +35,8 @@ def learning_rate(step: int, steps: int, peak: float, schedule: SchedulePart) ->
     progress = min(1.0, max(0.0, (step - (steps - decay)) / decay))
     if schedule.kind == "cosine":
         progress = (1 - math.cos(math.pi * progress)) / 2
+    elif schedule.kind == "wsd" and schedule.decay_type == "1-sqrt":
+        progress = math.sqrt(progress)
     return peak * (1 - progress * (1 - schedule.floor))
 
 

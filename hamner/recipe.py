@@ -139,6 +139,7 @@ class SchedulePart(Part):
     kind: Literal["wsd", "linear", "cosine"]
     warmup: Whole
     decay: Whole = 0  # wsd only: how many of the last steps decay
+    decay_type: Literal["linear", "1-sqrt"] = "linear"  # wsd only
     floor: Fraction  # of the peak, where the decay ends
 
 

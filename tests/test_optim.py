@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import get_wsd_schedule
 
 from hamner import optim
 from hamner.optim import FIRST_SCALE, LossScale, gradient_norm, learning_rate, make_optimizer
@@ -45,6 +46,20 @@ def test_wsd_warms_up_stays_and_decays_over_the_last_steps() -> None:
     found = rates(10, 8.0, schedule("wsd", warmup=4, decay=4, floor=0.25))
     assert found == pytest.approx(expected, rel=1e-12)
     assert learning_rate(10, 10, 8.0, schedule("wsd", 4, 4, 0.25)) == pytest.approx(2.0)
+
+
+def test_wsd_with_a_square_root_decays_as_in_transformers() -> None:
+    part = SchedulePart(kind="wsd", warmup=10, decay=60, decay_type="1-sqrt", floor=0.1)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=8.0)
+    theirs = get_wsd_schedule(optimizer, 10, 60, 100, decay_type="1-sqrt", min_lr_ratio=0.1)
+    expected = []
+    for _ in range(100):
+        expected += theirs.get_last_lr()
+        optimizer.step()
+        theirs.step()
+    # Theirs begins the warm-up at min_lr_ratio, ours at peak / warmup.
+    assert rates(100, 8.0, part)[9:] == pytest.approx(expected[10:11] + expected[10:], rel=1e-12)
+    assert learning_rate(100, 100, 8.0, part) == pytest.approx(0.8, rel=1e-12)
 
 
 def test_wsd_without_decay_is_flat_to_the_end() -> None:

@@ -28,6 +28,7 @@ RECIPES = sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml"))
 Place = tuple[Any, ...]
 
 # What was published about the real run, number by number.
+NO_DECAY = {"decay": 0, "decay_type": "linear"}  # what says how a wsd schedule decays
 V4: dict[str, Any] = {
     "name": "v4",
     "seed": 42,
@@ -66,7 +67,7 @@ V4: dict[str, Any] = {
         "weight_decay": 0.1,
         "clip": 1.0,
     },
-    "base.schedule": {"kind": "wsd", "warmup": 2_000, "decay": 0, "floor": 1.0},
+    "base.schedule": {"kind": "wsd", "warmup": 2_000, "floor": 1.0} | NO_DECAY,
     "base.sources": [
         {"name": "fineweb_edu", "weight": 0.60},
         {"name": "dclm", "weight": 0.40},
@@ -86,7 +87,7 @@ V4: dict[str, Any] = {
         "weight_decay": 0.1,
         "clip": 1.0,
     },
-    "anneal.schedule": {"kind": "linear", "warmup": 0, "decay": 0, "floor": 0.0},
+    "anneal.schedule": {"kind": "linear", "warmup": 0, "floor": 0.0} | NO_DECAY,
     "anneal.sources": [
         {"name": "fineweb_edu", "weight": 0.40},
         {"name": "dclm", "weight": 0.20},
@@ -101,7 +102,7 @@ V4: dict[str, Any] = {
     "chat.optimizer.learning_rate": 5e-5,
     "chat.optimizer.betas": (0.9, 0.95),
     "chat.optimizer.weight_decay": 0.1,
-    "chat.schedule": {"kind": "cosine", "warmup": 500, "decay": 0, "floor": 0.1},
+    "chat.schedule": {"kind": "cosine", "warmup": 500, "floor": 0.1} | NO_DECAY,
     "chat.sources": [
         {"name": "smoltalk", "weight": 0.40},
         {"name": "fineweb_edu", "weight": 0.25},
@@ -117,7 +118,7 @@ V4: dict[str, Any] = {
     "sft.optimizer.learning_rate": 1e-4,
     "sft.optimizer.betas": (0.9, 0.95),
     "sft.optimizer.weight_decay": 0.1,
-    "sft.schedule": {"kind": "linear", "warmup": 100, "decay": 0, "floor": 0.1},
+    "sft.schedule": {"kind": "linear", "warmup": 100, "floor": 0.1} | NO_DECAY,
     "sft.data.sources": [
         {
             "name": "smoltalk",
@@ -151,7 +152,7 @@ V4: dict[str, Any] = {
     "dpo.optimizer.learning_rate": 1e-6,
     "dpo.optimizer.betas": (0.9, 0.95),
     "dpo.optimizer.weight_decay": 0.1,
-    "dpo.schedule": {"kind": "cosine", "warmup": 100, "decay": 0, "floor": 0.1},
+    "dpo.schedule": {"kind": "cosine", "warmup": 100, "floor": 0.1} | NO_DECAY,
     "dpo.train": "ultrafeedback",
     "dpo.validation": "ultrafeedback_test",
 }
