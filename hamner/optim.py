@@ -89,7 +89,8 @@ class Optimizer:
     """AdamW, or Muon for the layers' matrices with AdamW for the rest, as one.
 
     Weight decay is for matrices (the embedding is one) and not for norms. Muon (arXiv 2502.16982)
-    scales its updates to the size of AdamW's, so both share learning rate and weight decay.
+    scales its updates to the size of AdamW's, so both share learning rate and weight decay. The
+    embedding has `embedding_rate` times that rate.
     """
 
     def __init__(self, model: nn.Module, settings: OptimizerPart):
@@ -98,11 +99,17 @@ class Optimizer:
         for_muon = matrices if settings.kind == "muon" else []
         theirs = set(map(id, for_muon))
         rest = [p for _, p in named if id(p) not in theirs]
+        embedding = [p for name, p in named if name.endswith("embed_tokens.weight")]
+        norms = [p for p in rest if p.dim() < 2]
+        others = [p for p in rest if id(p) not in set(map(id, [*embedding, *norms]))]
+        decay = settings.weight_decay
+        groups: list[dict[str, Any]] = [
+            {"params": embedding, "weight_decay": decay, "scale": settings.embedding_rate},
+            {"params": others, "weight_decay": decay},
+            {"params": norms, "weight_decay": 0.0},
+        ]
         self._adamw = torch.optim.AdamW(
-            [
-                {"params": [p for p in rest if p.dim() > 1], "weight_decay": settings.weight_decay},
-                {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
-            ],
+            [group for group in groups if group["params"]],
             lr=settings.learning_rate,
             betas=settings.betas,
             eps=settings.eps,
@@ -120,14 +127,16 @@ class Optimizer:
                 )
             )
         self.parameters = [p for _, p in named]
+        self.set_learning_rate(settings.learning_rate)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         return [group for part in self._parts for group in part.param_groups]
 
     def set_learning_rate(self, rate: float) -> None:
+        """`rate` for all, but `embedding_rate` times it for the embedding."""
         for group in self.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("scale", 1.0)
 
     def zero_grad(self) -> None:
         for part in self._parts:
@@ -163,7 +172,7 @@ class Optimizer:
         """
         own = self.state_dict()["parts"]
         theirs = saved.get("parts", [])
-        if _shape(own) != _shape(theirs):
+        if _sizes(own) != _sizes(theirs):
             raise ValueError("the state of another kind of optimizer")
         for part, mine, state in zip(self._parts, own, theirs, strict=True):
             parameters = [p for group in part.param_groups for p in group["params"]]
@@ -174,8 +183,8 @@ class Optimizer:
             part.load_state_dict({"state": momenta, "param_groups": mine["param_groups"]})
 
 
-def _shape(parts: list[dict[str, Any]]) -> list[list[int]]:
-    return [[len(group["params"]) for group in part["param_groups"]] for part in parts]
+def _sizes(parts: list[dict[str, Any]]) -> list[int]:
+    return [sum(len(group["params"]) for group in part["param_groups"]) for part in parts]
 
 
 def _placed_like(value: Any, parameter: Tensor) -> Any:

@@ -126,6 +126,7 @@ class OptimizerPart(Part):
 
     kind: Literal["adamw", "muon"] = "adamw"
     learning_rate: Positive
+    embedding_rate: Positive = 1.0  # times learning_rate, for the embedding and a head tied to it
     betas: tuple[Fraction, Fraction]
     eps: Positive
     weight_decay: Annotated[float, Field(ge=0)]  # on matrices only

@@ -145,6 +145,25 @@ def test_the_optimizer_takes_its_settings_from_the_recipe() -> None:
         assert (group["lr"], group["betas"], group["eps"]) == (0.01, (0.9, 0.95), 1e-8)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_the_embedding_has_a_rate_of_its_own(kind: str, tied: bool) -> None:
+    part = SETTINGS.model_copy(update={"kind": kind, "embedding_rate": 3.0, "weight_decay": 0.0})
+    model = a_model(tie_word_embeddings=tied)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = make_optimizer(model, part)
+    optimizer.set_learning_rate(0.001)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        if kind == "muon" and "proj" in name:
+            continue
+        step = 0.003 if name.endswith("embed_tokens.weight") else 0.001
+        expected = before[name] - step  # AdamW's first step is the rate, whatever the gradient
+        torch.testing.assert_close(parameter.detach(), expected, atol=1e-7, rtol=0, msg=name)
+
+
 def test_frozen_parameters_stay_out_of_the_optimizer() -> None:
     model = a_model()
     model.model.embed_tokens.weight.requires_grad_(False)

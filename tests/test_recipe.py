@@ -61,6 +61,7 @@ V4: dict[str, Any] = {
     "base.optimizer": {
         "kind": "adamw",
         "momentum": 0.95,
+        "embedding_rate": 1.0,
         "learning_rate": 2e-4,
         "betas": (0.9, 0.95),
         "eps": 1e-8,
@@ -81,6 +82,7 @@ V4: dict[str, Any] = {
     "anneal.optimizer": {
         "kind": "adamw",
         "momentum": 0.95,
+        "embedding_rate": 1.0,
         "learning_rate": 2e-4,
         "betas": (0.9, 0.95),
         "eps": 1e-8,
