@@ -27,8 +27,9 @@ from hamner.recipe import (
 RECIPES = sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml"))
 Place = tuple[Any, ...]
 
-# What was published about the real run, number by number.
 NO_DECAY = {"decay": 0, "decay_type": "linear"}  # what says how a wsd schedule decays
+
+# What was published about the real run, number by number.
 V4: dict[str, Any] = {
     "name": "v4",
     "seed": 42,
