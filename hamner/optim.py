@@ -90,7 +90,7 @@ class Optimizer:
 
     Weight decay is for matrices (the embedding is one) and not for norms. Muon (arXiv 2502.16982)
     scales its updates to the size of AdamW's, so both share learning rate and weight decay. The
-    embedding has `embedding_rate` times that rate.
+    embedding has `embedding_rate` times that rate, and `embedding_weight_decay` where it is given.
     """
 
     def __init__(self, model: nn.Module, settings: OptimizerPart):
@@ -102,9 +102,11 @@ class Optimizer:
         embedding = [p for name, p in named if name.endswith("embed_tokens.weight")]
         norms = [p for p in rest if p.dim() < 2]
         others = [p for p in rest if id(p) not in set(map(id, [*embedding, *norms]))]
-        decay = settings.weight_decay
+        decay = its_decay = settings.weight_decay
+        if settings.embedding_weight_decay is not None:
+            its_decay = settings.embedding_weight_decay
         groups: list[dict[str, Any]] = [
-            {"params": embedding, "weight_decay": decay, "scale": settings.embedding_rate},
+            {"params": embedding, "weight_decay": its_decay, "scale": settings.embedding_rate},
             {"params": others, "weight_decay": decay},
             {"params": norms, "weight_decay": 0.0},
         ]

@@ -130,6 +130,7 @@ class OptimizerPart(Part):
     betas: tuple[Fraction, Fraction]
     eps: Positive
     weight_decay: Annotated[float, Field(ge=0)]  # on matrices only
+    embedding_weight_decay: Annotated[float, Field(ge=0)] | None = None  # None is weight_decay
     clip: Positive  # global gradient norm
     momentum: Fraction = 0.95  # muon only
 

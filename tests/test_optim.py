@@ -172,6 +172,23 @@ def test_frozen_parameters_stay_out_of_the_optimizer() -> None:
     assert all(p is not model.model.embed_tokens.weight for p in held)
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_the_embedding_has_a_weight_decay_of_its_own(kind: str, decay: float) -> None:
+    part = SETTINGS.model_copy(update={"kind": kind, "embedding_weight_decay": decay})
+    model = a_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = make_optimizer(model, part)
+    optimizer.set_learning_rate(0.5)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        own = decay if name.endswith("embed_tokens.weight") else 0.1
+        factor = 1.0 if "norm" in name else 1 - 0.5 * own
+        torch.testing.assert_close(parameter.detach(), before[name] * factor, msg=name)
+
+
 def test_without_gradients_a_step_shrinks_matrices_and_leaves_norms() -> None:
     model = a_model()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
