@@ -1,17 +1,16 @@
-"""What counting alone comes to: an n-gram model's bits per byte, beside which a base model stands.
+"""What counting alone comes to: an n-gram model's bits per byte, beside those of a base model.
 
     python benchmarks/kneser_ney.py --recipe small --set data_dir=FOLDER \\
         --checkpoint checkpoints/small/base/latest.pt --json kneser_ney.json
-    python evaluate_model.py --recipe small --set data_dir=FOLDER --tasks none \\
-        --checkpoint checkpoints/small/base/latest.pt --sources edu,general
 
-The second command gives the model's own bits per byte of the same text. Here interpolated modified
-Kneser-Ney n-grams (Chen and Goodman, "An Empirical Study of Smoothing Techniques for Language
-Modeling", Harvard TR-10-98, 1998; three discounts for each order, from counts of counts) learn from
-the tokens that the base stage trained on up to the checkpoint, no more and no fewer: the mix is
-drawn again from the beginning, and must end at the data position that the checkpoint holds. They
-are measured with evaluate_model.py's own functions: same documents, tokens and bytes. Orders 1 to N
-are models of their own, each with real counts at its highest order.
+Interpolated modified Kneser-Ney n-grams (Chen and Goodman, "An Empirical Study of Smoothing
+Techniques for Language Modeling", Harvard TR-10-98, 1998; three discounts for each order, from
+counts of counts) learn from the tokens that the base stage trained on up to the checkpoint, no more
+and no fewer: the mix is drawn again from the beginning, and must end at the data position that the
+checkpoint holds. They and the checkpoint's model are measured with evaluate_model.py's own
+functions: same documents, tokens and bytes. Orders 1 to N are models of their own, each with real
+counts at its highest order. "below" says by how much the model's bits are fewer than the highest
+order's, with a standard error over documents; the row "(all)" adds up all sources' bits and bytes.
 
 Where there was a choice it is the better one for the n-grams:
 - The rows of a batch are cut from a stream of documents for each source. N-grams are counted over
@@ -34,10 +33,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ from hamner import checkpoints
 from hamner.batches import TokenStream
 from hamner.checkpoints import Checkpoint
 from hamner.errors import UserError, run
+from hamner.evaluation import scoring
 from hamner.evaluation.scoring import TextScore, bar, summed, tokenized
 from hamner.files import write_report
 from hamner.recipe import Recipe, load_recipe
@@ -67,9 +68,12 @@ from hamner.sources import Document, source_problems
 from hamner.stage import stage_sources
 from hamner.tokenization import Tokenizer
 from hamner.tracking import now
+from model import Transformer
 
 STAGE = "base"
+ALL = "(all)"
 MOST = 3  # what counts more often has the same discount
+BATCH = 16  # windows that the checkpoint's model reads at once
 FALLBACK = (0.5, 1.0, 1.5)
 UNKNOWN = -1  # the id of an n-gram that was never seen
 
@@ -383,6 +387,49 @@ def measured(
     return found
 
 
+def neural(
+    model: Transformer, tokenizer: Tokenizer, documents: Mapping[str, Sequence[Document]]
+) -> dict[str, TextScore]:
+    """Scores by source of a checkpoint's model."""
+    return {
+        name: scoring.score_documents(model.eval(), tokenizer, texts, BATCH, sys.stderr, name)[0]
+        for name, texts in documents.items()
+        if texts
+    }
+
+
+@dataclass(frozen=True)
+class Below:
+    """By how many percent a model's bits for some documents are fewer than another's."""
+
+    percent: float
+    standard_error: float | None  # as of a ratio of sums over documents drawn at random
+
+    @classmethod
+    def of(cls, own: TextScore, other: TextScore) -> Below:
+        ratio, count = sum(own.nats) / sum(other.nats), len(own.nats)
+        if count < 2:
+            return cls(100 * (1 - ratio), None)
+        squares = sum((a - ratio * b) ** 2 for a, b in zip(own.nats, other.nats, strict=True))
+        error = math.sqrt(squares * count / (count - 1)) / sum(other.nats)
+        return cls(100 * (1 - ratio), 100 * error)
+
+
+def together(scores: Sequence[TextScore]) -> TextScore:
+    """The score of all documents of some sources."""
+    nats = [each for score in scores for each in score.nats]
+    sizes = [each for score in scores for each in score.bytes]
+    return TextScore(nats, sizes, sum(score.tokens for score in scores))
+
+
+def with_all(scores: Mapping[str, Sequence[TextScore]]) -> dict[str, list[TextScore]]:
+    """Scores by source and model, and those of all sources together where there are several."""
+    found = {name: list(each) for name, each in scores.items()}
+    if len(found) > 1:
+        found[ALL] = [together(each) for each in zip(*found.values(), strict=True)]
+    return found
+
+
 # ------------------------------------------------------------------------------- what is shown
 
 
@@ -400,13 +447,16 @@ def notes(read: Mapping[str, Source], model: NGrams) -> Iterator[str]:
 
 
 def show(scores: Mapping[str, Sequence[TextScore]], order: int) -> None:
+    """A row a source; of its scores the last is the checkpoint's model's."""
     orders = [f"order {n}" if n == 1 else str(n) for n in range(1, order + 1)]
-    table = narrow_table(
-        "Held-out text, bits per byte by order", ("source", "documents", "bytes", *orders)
-    )
+    headings = ("source", "documents", "bytes", *orders, "model", "below, %")
+    table = narrow_table("Held-out text, bits per byte by order and of the model", headings)
     for name, each in scores.items():
         sizes = each[0].bytes
         figures = [f"{score.bits_per_byte:.3f}" for score in each]
+        below = Below.of(each[-1], each[-2])
+        error = "" if below.standard_error is None else f" ±{below.standard_error:.1f}"
+        figures.append(f"{below.percent:.1f}{error}")
         table.add_row(name, f"{len(sizes):,}", f"{sum(sizes):,}", *figures)
     Console(width=None if sys.stdout.isatty() else 100).print(table)
 
@@ -445,7 +495,8 @@ def as_json(
         },
         "levels": [level_as_json(n, level) for n, level in enumerate(model.levels, start=1)],
         "text": {
-            name: {str(n): text_as_json(score) for n, score in enumerate(each, start=1)}
+            name: {str(n): text_as_json(score) for n, score in enumerate(each[:-1], start=1)}
+            | {"model": text_as_json(each[-1]), "below": asdict(Below.of(each[-1], each[-2]))}
             for name, each in scores.items()
         },
     }
@@ -490,7 +541,9 @@ def main() -> int:
     model = count(streams, arguments.order, tokenizer.vocab_size, tokenizer.end_of_text)
     for note in notes(read, model):
         print(note, flush=True)
-    scores = measured(model, tokenizer, documents)
+    counted = measured(model, tokenizer, documents)
+    own = neural(checkpoints.load_model(checkpoint, path), tokenizer, documents)
+    scores = with_all({name: [*each, own[name]] for name, each in counted.items()})
     show(scores, arguments.order)
     if arguments.json is not None:
         report = {"time": now(), "seconds": round(time.perf_counter() - began, 3)}

@@ -29,6 +29,7 @@ import evaluate_model
 import train_pretrain
 from hamner import checkpoints, tokenization, training
 from hamner.errors import UserError
+from hamner.evaluation.scoring import TextScore
 
 END = 0
 Words = tuple[int, ...]
@@ -289,6 +290,26 @@ def measure(*arguments: str) -> int:
     return call(kneser_ney.main, "--checkpoint", str(CHECKPOINT), *arguments)
 
 
+def bits_of(score: dict[str, float]) -> float:
+    return score["bits_per_byte"]
+
+
+def test_below_is_of_sums_with_the_error_that_documents_drawn_anew_have() -> None:
+    rng = np.random.default_rng(0)
+    other = rng.uniform(50, 150, 400)
+    own = other * rng.normal(0.9, 0.05, 400)
+
+    def below(picked: np.ndarray) -> kneser_ney.Below:
+        scores = (TextScore(each[picked].tolist(), [1] * 400, 400) for each in (own, other))
+        return kneser_ney.Below.of(*scores)
+
+    found = below(np.arange(400))
+    assert found.percent == pytest.approx(100 * (1 - own.sum() / other.sum()))
+    drawn = np.std([below(rng.integers(0, 400, 400)).percent for _ in range(1_000)])
+    assert found.standard_error == pytest.approx(drawn, rel=0.1)
+    assert kneser_ney.Below.of(*[TextScore([nats], [1], 1) for nats in (3.0, 4.0)]).percent == 25
+
+
 def test_it_measures_the_documents_that_evaluate_model_measures(
     trained: tuple[Path, list[torch.Tensor]],
     monkeypatch: pytest.MonkeyPatch,
@@ -303,10 +324,15 @@ def test_it_measures_the_documents_that_evaluate_model_measures(
     ours, theirs = (json.loads(Path(name).read_text()) for name in ("ngrams.json", "model.json"))
     assert (ours["step"], ours["tokens"], ours["order"]) == (9, 9 * 4 * 64, 3)
     assert sum(each["tokens"] for each in ours["sources"].values()) == ours["tokens"]
+    together = ours["text"].pop("(all)")
     assert list(ours["text"]) == ["web", "talk"]
     for name, by_order in ours["text"].items():
         expected = theirs["models"][0]["text"][name]
-        assert list(by_order) == ["1", "2", "3"]
+        assert list(by_order) == ["1", "2", "3", "model", "below"]
+        below, own = by_order.pop("below")["percent"], by_order["model"]
+        assert below == pytest.approx(100 * (1 - own["bits_per_byte"] / bits_of(by_order["3"])))
+        assert f"{below:.1f}" in out
+        assert own["bits_per_byte"] == pytest.approx(expected["bits_per_byte"])
         for found in by_order.values():
             assert {k: found[k] for k in ("documents", "bytes", "tokens")} == {
                 k: expected[k] for k in ("documents", "bytes", "tokens")
@@ -314,7 +340,11 @@ def test_it_measures_the_documents_that_evaluate_model_measures(
             bits = found["nats_per_token"] * found["tokens"] / math.log(2)
             assert found["bits_per_byte"] == pytest.approx(bits / found["bytes"])
             assert f"{found['bits_per_byte']:.3f}" in out
-    web = [ours["text"]["web"][order]["bits_per_byte"] for order in "123"]
+    for order in "123":
+        parts = [by_order[order] for by_order in ours["text"].values()]
+        bits = sum(part["bits_per_byte"] * part["bytes"] for part in parts)
+        assert bits_of(together[order]) == pytest.approx(bits / sum(p["bytes"] for p in parts))
+    web = [bits_of(ours["text"]["web"][order]) for order in "123"]
     assert web[2] < web[1] < web[0] < expected["bits_per_byte"]  # of a model of 9 steps
     assert [level["ngrams"] for level in ours["levels"]] == sorted(
         level["ngrams"] for level in ours["levels"]
@@ -330,7 +360,7 @@ def test_without_a_recipe_and_sources_it_takes_those_of_the_checkpoint(
     monkeypatch.chdir(trained[0])
     assert measure("--order", "1") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines if line.strip()][-2:] == ["web", "books"]
+    assert [line.split()[0] for line in lines if line.strip()][-3:] == ["web", "books", "(all)"]
 
 
 def test_what_was_read_twice_is_told() -> None:
