@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -50,8 +49,10 @@ from data_loader import open_mix
 from rich.console import Console
 
 from evaluate_model import (
+    Subject,
     check_held_out,
     chosen_sources,
+    measure_text,
     read_sources,
     recipe_of,
     text_as_json,
@@ -60,15 +61,13 @@ from hamner import checkpoints
 from hamner.batches import TokenStream
 from hamner.checkpoints import Checkpoint
 from hamner.errors import UserError, run
-from hamner.evaluation import scoring
-from hamner.evaluation.scoring import TextScore, bar, summed, tokenized
+from hamner.evaluation.scoring import TextScore, bar, ratio_error, summed, tokenized
 from hamner.files import write_report
 from hamner.recipe import Recipe, load_recipe
 from hamner.sources import Document, source_problems
 from hamner.stage import stage_sources
 from hamner.tokenization import Tokenizer
 from hamner.tracking import now
-from model import Transformer
 
 STAGE = "base"
 ALL = "(all)"
@@ -387,17 +386,6 @@ def measured(
     return found
 
 
-def neural(
-    model: Transformer, tokenizer: Tokenizer, documents: Mapping[str, Sequence[Document]]
-) -> dict[str, TextScore]:
-    """Scores by source of a checkpoint's model."""
-    return {
-        name: scoring.score_documents(model.eval(), tokenizer, texts, BATCH, sys.stderr, name)[0]
-        for name, texts in documents.items()
-        if texts
-    }
-
-
 @dataclass(frozen=True)
 class Below:
     """By how many percent a model's bits for some documents are fewer than another's."""
@@ -407,12 +395,9 @@ class Below:
 
     @classmethod
     def of(cls, own: TextScore, other: TextScore) -> Below:
-        ratio, count = sum(own.nats) / sum(other.nats), len(own.nats)
-        if count < 2:
-            return cls(100 * (1 - ratio), None)
-        squares = sum((a - ratio * b) ** 2 for a, b in zip(own.nats, other.nats, strict=True))
-        error = math.sqrt(squares * count / (count - 1)) / sum(other.nats)
-        return cls(100 * (1 - ratio), 100 * error)
+        error = ratio_error(own.nats, other.nats)
+        percent = 100 * (1 - sum(own.nats) / sum(other.nats))
+        return cls(percent, None if error is None else 100 * error)
 
 
 def together(scores: Sequence[TextScore]) -> TextScore:
@@ -542,8 +527,10 @@ def main() -> int:
     for note in notes(read, model):
         print(note, flush=True)
     counted = measured(model, tokenizer, documents)
-    own = neural(checkpoints.load_model(checkpoint, path), tokenizer, documents)
-    scores = with_all({name: [*each, own[name]] for name, each in counted.items()})
+    subject = Subject(path, checkpoint)
+    neural = checkpoints.load_model(checkpoint, path).eval()
+    measure_text(subject, neural, tokenizer, documents, BATCH)
+    scores = with_all({name: [*counted[name], own] for name, (own, _) in subject.text.items()})
     show(scores, arguments.order)
     if arguments.json is not None:
         report = {"time": now(), "seconds": round(time.perf_counter() - began, 3)}

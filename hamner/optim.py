@@ -102,9 +102,9 @@ class Optimizer:
         embedding = [p for name, p in named if name.endswith("embed_tokens.weight")]
         norms = [p for p in rest if p.dim() < 2]
         others = [p for p in rest if id(p) not in set(map(id, [*embedding, *norms]))]
-        decay = its_decay = settings.weight_decay
-        if settings.embedding_weight_decay is not None:
-            its_decay = settings.embedding_weight_decay
+        decay, its_decay = settings.weight_decay, settings.embedding_weight_decay
+        if its_decay is None:
+            its_decay = decay
         groups: list[dict[str, Any]] = [
             {"params": embedding, "weight_decay": its_decay, "scale": settings.embedding_rate},
             {"params": others, "weight_decay": decay},

@@ -167,6 +167,15 @@ def utf8_bytes(text: str) -> int:
     return len(whole_characters(text).encode())
 
 
+def ratio_error(above: Sequence[float], below: Sequence[float]) -> float | None:
+    """The standard error of sum(above) / sum(below), of pairs drawn at random; None for one."""
+    count, ratio = len(above), sum(above) / sum(below)
+    if count < 2:
+        return None
+    squares = sum((a - ratio * b) ** 2 for a, b in zip(above, below, strict=True))
+    return math.sqrt(squares * count / (count - 1)) / sum(below)
+
+
 @dataclass(frozen=True)
 class TextScore:
     """How well a model foresees some documents; of each, its nats and its bytes."""
@@ -182,13 +191,8 @@ class TextScore:
     @property
     def standard_error(self) -> float | None:
         """Of the bits per byte, as a ratio of sums over documents drawn at random."""
-        count = len(self.nats)
-        if count < 2:
-            return None
-        mean = self.bits_per_byte
-        pairs = zip(self.nats, self.bytes, strict=True)
-        squares = sum((nats / math.log(2) - mean * size) ** 2 for nats, size in pairs)
-        return math.sqrt(squares * count / (count - 1)) / sum(self.bytes)
+        error = ratio_error(self.nats, self.bytes)
+        return None if error is None else error / math.log(2)
 
     @property
     def nats_per_token(self) -> float:
