@@ -1,11 +1,9 @@
-"""One new token through a model on a CPU, in few operations, with weights of 32, 16 or 8 bits.
+"""One new token through a model on a CPU, with weights of 32, 16 or 8 bits.
 
-The time of a token is that of reading the weights, and then that of many small operations. So q, k
-and v are one product here, gate and up another. In 32 bits nothing is compiled: `few_rows` reads
-the weights at the memory's speed. Rounded ones make answers faster; no routine of torch multiplies
-them with a single row at that speed, but a compiled multiplication and sum does. Compiling takes
-seconds before the first answer, so it is for those who ask for it. Inputs and sums stay in fp32.
-Measured in benchmarks/decode.py.
+The time of a token is that of reading the weights. Those of 32 bits are `fp32_step`'s. Rounded
+ones make answers faster; no routine of torch multiplies them with a single row at the memory's
+speed, but a compiled multiplication and sum does. Compiling takes seconds before the first answer,
+so it is for those who ask for it. Inputs and sums stay in fp32. Measured in benchmarks/decode.py.
 """
 
 from __future__ import annotations
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 
 from hamner import few_rows
 from hamner.errors import UserError
+from hamner.fp32_step import Fp32Step
 from hamner.machine import why_not_compile
 from model import DecoderLayer, KVCache, Output, Transformer, attend, rms_norm, rotate
 
@@ -26,88 +25,63 @@ WEIGHTS = ("fp32", "bf16", "int8")
 
 
 class Weight(NamedTuple):
-    """A weight (out, in) in bf16; or in int8, times a scale (out) for each row; or fp32 in blocks.
-
-    Blocks are those of `few_rows`; what can't be cut into them is fp32 as it is.
-    """
+    """A weight (out, in) in bf16; or in int8, times a scale (out) for each row."""
 
     values: Tensor
     scales: Tensor | None
 
 
 class LayerWeights(NamedTuple):
-    """What a token meets in a layer, in that order. Products of the same input may be joined."""
+    """What a token meets in a layer, in that order."""
 
     attention_norm: Tensor
     qkv: list[Weight]
     o: Weight
     mlp_norm: Tensor
-    gate_up: list[Weight]
+    gate: Weight
+    up: Weight
     down: Weight
 
 
-def stored(weight: Tensor, weights: str) -> Weight:
-    """A weight in one of `WEIGHTS`; in fp32 it takes no memory of its own."""
-    weight = weight.detach()
-    if weights == "fp32":
-        can_be_cut = torch.backends.mkl.is_available() and len(weight) % few_rows.BLOCK == 0
-        return Weight(few_rows.in_blocks(weight) if can_be_cut else weight, None)
+def rounded(linear: nn.Linear, weights: str) -> Weight:
+    """Its weight in bf16 or int8."""
+    weight = linear.weight.detach()
     if weights == "bf16":
         return Weight(weight.bfloat16(), None)
     scales = (weight.abs().amax(1) / 127).clamp(min=1e-12)
     return Weight((weight / scales[:, None]).round().to(torch.int8), scales)
 
 
-def joined(linears: list[nn.Linear], weights: str) -> list[Weight]:
-    """Weights for the same input; in fp32 a single one, whose parts the layers go on with.
-
-    Compiled, they are faster apart: the compiler then writes the input down before it is used.
-    """
-    if weights != "fp32":
-        return [stored(linear.weight, weights) for linear in linears]
-    whole = torch.cat([linear.weight.detach() for linear in linears])
-    parts = whole.split([len(linear.weight) for linear in linears])
-    for linear, part in zip(linears, parts, strict=True):
-        linear.weight.data = part
-    return [stored(whole, weights)]
-
-
 def layer_weights(layer: DecoderLayer, weights: str) -> LayerWeights:
     attention, mlp = layer.self_attn, layer.mlp
     return LayerWeights(
         layer.input_layernorm.weight.detach(),
-        joined([attention.q_proj, attention.k_proj, attention.v_proj], weights),
-        stored(attention.o_proj.weight, weights),
+        [rounded(x, weights) for x in (attention.q_proj, attention.k_proj, attention.v_proj)],
+        rounded(attention.o_proj, weights),
         layer.post_attention_layernorm.weight.detach(),
-        joined([mlp.gate_proj, mlp.up_proj], weights),
-        stored(mlp.down_proj.weight, weights),
+        rounded(mlp.gate_proj, weights),
+        rounded(mlp.up_proj, weights),
+        rounded(mlp.down_proj, weights),
     )
 
 
-def product(x: Tensor, *weights: Weight) -> Tensor:
-    """x (in) -> weight @ x (out); of several weights, one result after the other."""
-    if len(weights) > 1:
-        return torch.cat([product(x, weight) for weight in weights])
-    ((values, scales),) = weights
-    if values.dim() == 3:
-        return few_rows.by_blocks(x, values)
-    if values.dtype == torch.float32:
-        return F.linear(x, values)
-    y = (values.float() * x).sum(-1)
-    return y if scales is None else y * scales
-
-
-def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm of x (C)."""
-    return (rms_norm if torch.compiler.is_compiling() else few_rows.rms_norm)(x, weight, eps)
+def product(x: Tensor, weight: Weight) -> Tensor:
+    """x (in) -> weight @ x (out)."""
+    y = (weight.values.float() * x).sum(-1)
+    return y if weight.scales is None else y * weight.scales
 
 
 def before_attention(
     x: Tensor, cos: Tensor, sin: Tensor, w: LayerWeights, heads: tuple[int, int], eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The stream x (C) and how many query and other heads -> q (1, H, 1, D), k, v (1, K, 1, D)."""
-    x = norm(x, w.attention_norm, eps)
-    qkv = product(x, *w.qkv).view(1, heads[0] + 2 * heads[1], 1, -1)  # (1, H + 2K, 1, D)
+    """The stream x (C) and how many query and other heads -> q (1, H, 1, D), k, v (1, K, 1, D).
+
+    q, k and v are products of their own, and so are gate and up: with a single reader, the compiler
+    works the norm out anew for every row of the weight.
+    """
+    x = rms_norm(x, w.attention_norm, eps)
+    qkv = torch.cat([product(x, weight) for weight in w.qkv])
+    qkv = qkv.view(1, heads[0] + 2 * heads[1], 1, -1)  # (1, H + 2K, 1, D)
     qk, v = qkv.split([sum(heads), heads[1]], dim=1)
     q, k = rotate(qk, cos, sin).split(heads, dim=1)
     return q, k, v
@@ -116,26 +90,23 @@ def before_attention(
 def after_attention(x: Tensor, y: Tensor, w: LayerWeights, eps: float) -> Tensor:
     """The stream x (C) and what attention gave, y (C) -> the stream (C)."""
     x = x + product(y, w.o)
-    h = norm(x, w.mlp_norm, eps)
-    gate, up = product(h, *w.gate_up).chunk(2)
-    return x + product(F.silu(gate) * up, w.down)
+    h = rms_norm(x, w.mlp_norm, eps)
+    return x + product(F.silu(product(h, w.gate)) * product(h, w.up), w.down)
 
 
 def head(x: Tensor, weight: Tensor, lm_head: Weight, eps: float) -> Tensor:
     """The stream x (C) -> logits (V)."""
-    return product(norm(x, weight, eps), lm_head)
+    return product(rms_norm(x, weight, eps), lm_head)
 
 
-class DecodeStep:
-    """The step, over the cache that the model itself uses.
+class RoundedStep:
+    """The step with rounded weights, compiled, over the cache that the model itself uses.
 
-    Rounded weights are multiplied by compiled functions; all layers share one compilation.
+    All layers share one compilation. Attention isn't compiled: its shapes change with the length.
     """
 
     def __init__(self, model: Transformer, weights: str):
         prepare: Any = torch.compile(dynamic=False, fullgraph=True)
-        if weights == "fp32":
-            prepare = lambda function: function  # noqa: E731
         self._before, self._after = prepare(before_attention), prepare(after_attention)
         self._head = prepare(head)
         self._decoder, self._eps = model.model, model.config.rms_norm_eps
@@ -143,7 +114,7 @@ class DecodeStep:
         layers = cast(Iterable[DecoderLayer], model.model.layers)
         self._layers = [layer_weights(layer, weights) for layer in layers]
         self._norm = model.model.norm.weight.detach()
-        self._lm_head = stored(model.lm_head.weight, weights)
+        self._lm_head = rounded(model.lm_head, weights)
 
     def __call__(self, id_: Tensor, cache: KVCache) -> Tensor:
         """Logits (1, 1, V) after one more id (1, 1), which is added to the cache."""
@@ -159,7 +130,7 @@ class DecodeStep:
 
 
 def speed_up(model: Transformer, weights: str = "fp32") -> None:
-    """Have a model on a CPU take single tokens by a `DecodeStep`, and a few more by `few_rows`.
+    """Have a model on a CPU take single tokens by a step of its own, and a few by `few_rows`.
 
     The weights of 32 bits stay in memory, for prompts and for several answers side by side.
 
@@ -174,7 +145,8 @@ def speed_up(model: Transformer, weights: str = "fp32") -> None:
         raise UserError(f"--weights {weights} is for the CPU: leave it away, or add --cpu")
     if weights != "fp32" and (reason := why_not_compile(device)):
         raise UserError(f"--weights {weights} has to be compiled, and that can't be: {reason}")
-    step, plain = DecodeStep(model, weights), model.forward
+    step = Fp32Step(model) if weights == "fp32" else RoundedStep(model, weights)
+    plain = model.forward
     few_rows.speed_up(model)
 
     def forward(input_ids: Tensor, *args: Any, **options: Any) -> Output:

@@ -21,8 +21,6 @@ BLOCK = 32  # rows of a weight in a block
 
 def speed_up(model: Transformer) -> None:
     """Have a model on a CPU multiply few rows in the fast way; longer inputs stay as they are."""
-    if not torch.backends.mkl.is_available():
-        return
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.weight.device.type == "cpu":
             module.forward = partial(_forward, module)  # type: ignore[method-assign]
@@ -35,15 +33,15 @@ def _forward(linear: nn.Linear, x: Tensor) -> Tensor:
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., in) and a weight (out, in) -> (..., out): few rows by blocks, if it can be cut."""
     out, size = weight.shape
-    rows = x.numel() // size
-    if rows > FEW or out % BLOCK:
+    if x.numel() > FEW * size or not can_be_cut(weight):
         return F.linear(x, weight)
-    if rows == 1:
-        return by_blocks(x, in_blocks(weight)).view(*x.shape[:-1], out)
-    # Every block meets the same columns (in, M). MKL is slow where their strides are others.
-    columns = x.contiguous().as_strided((out // BLOCK, size, rows), (0, 1, size))
-    products = torch.bmm(in_blocks(weight), columns)  # (N, BLOCK, M)
+    blocks = in_blocks(weight)
+    products = torch.bmm(blocks, columns(x.contiguous(), blocks))  # (N, BLOCK, M)
     return products.permute(2, 0, 1).reshape(*x.shape[:-1], out)
+
+
+def can_be_cut(weight: Tensor) -> bool:
+    return torch.backends.mkl.is_available() and len(weight) % BLOCK == 0
 
 
 def in_blocks(weight: Tensor) -> Tensor:
@@ -51,13 +49,10 @@ def in_blocks(weight: Tensor) -> Tensor:
     return weight.view(-1, BLOCK, weight.shape[1])
 
 
-def by_blocks(x: Tensor, blocks: Tensor) -> Tensor:
-    """A single row x (..., in) -> (out), with a weight in blocks (N, BLOCK, in)."""
+def columns(x: Tensor, blocks: Tensor) -> Tensor:
+    """Contiguous rows x (..., in) as every block (N, BLOCK, in) is to meet them: (N, in, M).
+
+    It is the same memory. MKL is slow where the strides are others.
+    """
     count, _, size = blocks.shape
-    column = x.contiguous().as_strided((count, size, 1), (0, 1, size))
-    return torch.bmm(blocks, column).view(-1)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`model.rms_norm` of a single row x (C) in fp32, in fewer operations."""
-    return (x * (float(x.dot(x)) / len(x) + eps) ** -0.5).mul_(weight)
+    return x.as_strided((count, size, x.numel() // size), (0, 1, size))

@@ -1,0 +1,132 @@
+"""One new token through a model on a CPU, with weights of 32 bits, in few operations.
+
+The time of a token is that of reading the weights, and then that of many small operations, in which
+the memory stands idle. So every result has a tensor of its own that each layer overwrites, and all
+views of them are made beforehand; q, k and v are one product, gate and up another; a norm's factor
+goes into the product that follows, and the stream is added to within the product. Nothing is
+compiled: the first answer doesn't wait. Measured in benchmarks/decode.py.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hamner import few_rows
+from model import DecoderLayer, KVCache, Transformer
+
+Product = Callable[..., Any]  # takes beta and alpha
+
+
+class Layer(NamedTuple):
+    """What a token meets in a layer, in that order."""
+
+    attention_norm: Tensor
+    qkv: Product
+    o: Product
+    mlp_norm: Tensor
+    gate_up: Product
+    down: Product
+
+
+def product_into(out: Tensor, weight: Tensor, x: Tensor) -> Product:
+    """A function (beta, alpha): out (M) becomes beta * out + alpha * weight (M, N) @ x (N)."""
+    weight = weight.detach()
+    if not few_rows.can_be_cut(weight):
+        return partial(out.addmv_, weight, x)
+    blocks = few_rows.in_blocks(weight)
+    return partial(out.view(-1, few_rows.BLOCK, 1).baddbmm_, blocks, few_rows.columns(x, blocks))
+
+
+def joined(*linears: nn.Linear) -> Tensor:
+    """The weights of these as one (M, N), whose parts the layers themselves go on with."""
+    whole = torch.cat([linear.weight.detach() for linear in linears])
+    parts = whole.split([len(linear.weight) for linear in linears])
+    for linear, part in zip(linears, parts, strict=True):
+        linear.weight.data = part
+    return whole
+
+
+class Fp32Step:
+    """The step, over the cache that the model itself uses."""
+
+    def __init__(self, model: Transformer):
+        config, decoder = model.config, model.model
+        hidden, heads, kv_heads = (
+            config.hidden_size, config.num_attention_heads, config.num_key_value_heads,
+        )  # fmt: skip
+        size = config.head_dim
+        self._x = torch.zeros(hidden)  # the stream
+        self._h = torch.zeros(hidden)  # what a product takes, or attention gave
+        self._qkv = torch.zeros((heads + 2 * kv_heads) * size)
+        self._gate_up = torch.zeros(2 * config.intermediate_size)
+        self._gate, self._up = self._gate_up.chunk(2)
+
+        qkv = self._qkv.view(heads + 2 * kv_heads, size)  # (H + 2K, D)
+        self._qk, self._v = qkv.split([heads + kv_heads, kv_heads])
+        self._halves = self._qk.chunk(2, dim=1)[::-1]
+        self._swapped = torch.zeros_like(self._qk)
+        self._k = qkv[heads : heads + kv_heads]
+        self._q = qkv[:heads].view(kv_heads, -1, size)  # each group's queries as its positions
+        self._attended = self._h.view_as(self._q)
+        self._nothing = torch.zeros(1)
+
+        sign = torch.ones(size)
+        sign[: size // 2] = -1
+        self._cos, self._sin = decoder.cos, decoder.sin * sign
+        self._eps, self._embedding = config.rms_norm_eps, decoder.embed_tokens.weight.detach()
+        layers = cast(Iterable[DecoderLayer], decoder.layers)
+        self._layers = [self._layer(layer) for layer in layers]
+        self._norm, self._lm_head = decoder.norm.weight.detach(), model.lm_head.weight.detach()
+        self._lock = threading.Lock()  # two answers may be made at the same time
+
+    def _layer(self, layer: DecoderLayer) -> Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        qkv = joined(attention.q_proj, attention.k_proj, attention.v_proj)
+        gate_up = joined(mlp.gate_proj, mlp.up_proj)
+        return Layer(
+            layer.input_layernorm.weight.detach(),
+            product_into(self._qkv, qkv, self._h),
+            product_into(self._x, attention.o_proj.weight, self._h),
+            layer.post_attention_layernorm.weight.detach(),
+            product_into(self._gate_up, gate_up, self._h),
+            product_into(self._x, mlp.down_proj.weight, self._gate),
+        )
+
+    def __call__(self, id_: Tensor, cache: KVCache) -> Tensor:
+        """Logits (1, 1, V) after one more id (1, 1), which is added to the cache."""
+        with self._lock:
+            cos, sin = self._cos[cache.length], self._sin[cache.length]  # (D)
+            self._x.copy_(self._embedding[int(id_)])
+            for number, layer in enumerate(self._layers):
+                layer.qkv(beta=0, alpha=self._weighted(layer.attention_norm))
+                torch.cat(self._halves, 1, out=self._swapped)
+                self._qk.mul_(cos).addcmul_(self._swapped, sin)
+                self._attend(cache.keys[number][0], cache.values[number][0], cache.length)
+                layer.o()
+                layer.gate_up(beta=0, alpha=self._weighted(layer.mlp_norm))
+                F.silu(self._gate, inplace=True).mul_(self._up)
+                layer.down()
+            cache.length += 1
+            normed = self._h.mul_(self._weighted(self._norm))
+            return few_rows.product(normed, self._lm_head)[None, None]
+
+    def _weighted(self, weight: Tensor) -> float:
+        """RMSNorm of the stream in two parts: _h, the stream times the weight; and the factor."""
+        torch.mul(self._x, weight, out=self._h)
+        return (float(self._x.dot(self._x)) / len(weight) + self._eps) ** -0.5
+
+    def _attend(self, keys: Tensor, values: Tensor, length: int) -> None:
+        """k and v go to keys and values (K, S, D); what q finds there goes to _h."""
+        keys.select(1, length).copy_(self._k)
+        values.select(1, length).copy_(self._v)
+        keys, values = keys.narrow(1, 0, length + 1), values.narrow(1, 0, length + 1)
+        scale = self._k.shape[1] ** -0.5
+        scores = torch.baddbmm(self._nothing, self._q, keys.mT, beta=0, alpha=scale)  # (K, H/K, S)
+        torch.bmm(scores.softmax(-1), values, out=self._attended)
