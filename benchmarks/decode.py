@@ -121,7 +121,7 @@ def sides(
         fast = new_model(recipe, device)
         speed_up(fast)
         found[OURS] = Side(lambda: Decoding(fast, [prompt], greedy), size)
-        for weights, share in (("bf16", 2), ("int8", 4)):
+        for weights, share in (("fp16", 2), ("bf16", 2), ("int8", 4)):
             rounded = new_model(recipe, device)
             speed_up(rounded, weights)
             answer = partial(Decoding, rounded, [prompt], greedy)

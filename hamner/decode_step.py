@@ -1,9 +1,10 @@
 """One new token through a model on a CPU, with weights of 32, 16 or 8 bits.
 
-The time of a token is that of reading the weights. Those of 32 bits are `fp32_step`'s. Rounded
-ones make answers faster; no routine of torch multiplies them with a single row at the memory's
-speed, but a compiled multiplication and sum does. Compiling takes seconds before the first answer,
-so it is for those who ask for it. Inputs and sums stay in fp32. Measured in benchmarks/decode.py.
+The time of a token is that of reading the weights, so rounded ones make answers faster. fp32 and
+fp16 are `eager_step`'s. No routine of torch multiplies bf16 or int8 with a single row at the
+memory's speed, but a compiled multiplication and sum does. Compiling takes seconds before the first
+answer, so it is for those who ask for it. Inputs and sums stay in fp32. Measured in
+benchmarks/decode.py.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hamner import few_rows
+from hamner.eager_step import PRODUCTS, EagerStep, why_not_fp16
 from hamner.errors import UserError
-from hamner.fp32_step import Fp32Step
 from hamner.machine import why_not_compile
 from model import DecoderLayer, KVCache, Output, Transformer, attend, rms_norm, rotate
 
-WEIGHTS = ("fp32", "bf16", "int8")
+WEIGHTS = ("fp32", "fp16", "bf16", "int8")
 
 
 class Weight(NamedTuple):
@@ -99,7 +100,7 @@ def head(x: Tensor, weight: Tensor, lm_head: Weight, eps: float) -> Tensor:
     return product(rms_norm(x, weight, eps), lm_head)
 
 
-class RoundedStep:
+class CompiledStep:
     """The step with rounded weights, compiled, over the cache that the model itself uses.
 
     All layers share one compilation. Attention isn't compiled: its shapes change with the length.
@@ -135,18 +136,20 @@ def speed_up(model: Transformer, weights: str = "fp32") -> None:
     The weights of 32 bits stay in memory, for prompts and for several answers side by side.
 
     Raises:
-        UserError: weights are to be rounded, but the model isn't on a CPU, or nothing can be
-            compiled here.
+        UserError: weights are to be rounded, but the model isn't on a CPU; or fp16 can't be
+            multiplied, or nothing compiled, here.
     """
     device = model.lm_head.weight.device
     if weights == "fp32" and device.type != "cpu":
         return
     if device.type != "cpu":
         raise UserError(f"--weights {weights} is for the CPU: leave it away, or add --cpu")
-    if weights != "fp32" and (reason := why_not_compile(device)):
+    if weights == "fp16" and (reason := why_not_fp16()):
+        raise UserError(f"--weights fp16 can't be had: {reason}; take bf16")
+    if weights not in PRODUCTS and (reason := why_not_compile(device)):
         raise UserError(f"--weights {weights} has to be compiled, and that can't be: {reason}")
-    step = Fp32Step(model) if weights == "fp32" else RoundedStep(model, weights)
-    plain = model.forward
+    make = EagerStep if weights in PRODUCTS else CompiledStep
+    step, plain = make(model, weights), model.forward
     few_rows.speed_up(model)
 
     def forward(input_ids: Tensor, *args: Any, **options: Any) -> Output:

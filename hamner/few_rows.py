@@ -36,7 +36,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     if x.numel() > FEW * size or not can_be_cut(weight):
         return F.linear(x, weight)
     blocks = in_blocks(weight)
-    products = torch.bmm(blocks, columns(x.contiguous(), blocks))  # (N, BLOCK, M)
+    products = torch.bmm(blocks, columns(x.contiguous(), blocks))  # (N, out / N, M)
     return products.permute(2, 0, 1).reshape(*x.shape[:-1], out)
 
 
@@ -45,12 +45,15 @@ def can_be_cut(weight: Tensor) -> bool:
 
 
 def in_blocks(weight: Tensor) -> Tensor:
-    """(out, in) -> (N, BLOCK, in), the same memory."""
-    return weight.view(-1, BLOCK, weight.shape[1])
+    """(out, in) -> (N, out / N, in), the same memory; without AVX-512 in few large blocks."""
+    few = 2 * torch.get_num_threads()
+    if len(weight) % few or "AVX512" in torch.backends.cpu.get_cpu_capability():
+        return weight.view(-1, BLOCK, weight.shape[1])
+    return weight.view(few, -1, weight.shape[1])
 
 
 def columns(x: Tensor, blocks: Tensor) -> Tensor:
-    """Contiguous rows x (..., in) as every block (N, BLOCK, in) is to meet them: (N, in, M).
+    """Contiguous rows x (..., in) as every block (N, out / N, in) is to meet them: (N, in, M).
 
     It is the same memory. MKL is slow where the strides are others.
     """

@@ -117,6 +117,9 @@ def test_what_can_not_be_had_is_refused(
         elsewhere = Transformer(CONFIG)
     with pytest.raises(UserError, match="--weights int8 is for the CPU"):
         speed_up(elsewhere, "int8")
+    monkeypatch.setattr(decode_step, "why_not_fp16", lambda: "no FBGEMM")
+    with pytest.raises(UserError, match="--weights fp16 can't be had: no FBGEMM; take bf16"):
+        speed_up(model, "fp16")
     monkeypatch.setattr(decode_step, "why_not_compile", lambda _: "no C++ compiler")
     with pytest.raises(UserError, match=r"--weights bf16 .* can't be: no C\+\+ compiler"):
         speed_up(model, "bf16")

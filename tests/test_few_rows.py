@@ -14,7 +14,11 @@ GREEDY = Sampling(0.0, 0, 1.0, 1.0, max_new_tokens=30)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 4), (4, 1), (1, 5), (7, 3)])
-def test_products_by_blocks_are_those_of_torch(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+def test_products_by_blocks_are_those_of_torch(
+    shape: tuple[int, int], capability: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     weight, x = torch.randn(96, 48), torch.randn(*shape, 48)
     torch.testing.assert_close(product(x, weight), F.linear(x, weight))
     across = torch.randn(*shape[::-1], 48).transpose(0, 1)  # not contiguous

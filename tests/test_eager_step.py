@@ -1,4 +1,4 @@
-"""The step of one token in fp32: the model's own numbers, whoever else is being answered."""
+"""The step of one token that isn't compiled: the model's own numbers, whoever else is answered."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hamner import few_rows
 from hamner.decode_step import speed_up
-from hamner.fp32_step import product_into
+from hamner.eager_step import PRODUCTS, why_not_fp16
 from hamner.generation import Sampling, generate_batch, generate_ids
 from model import KVCache, ModelConfig, Transformer
 
@@ -25,6 +25,11 @@ UNEVEN = replace(
 )  # no 32 divides them
 GREEDY = Sampling(0.0, 0, 1.0, 1.0, max_new_tokens=30)
 PROMPT = [3, 1, 4, 1, 5]
+
+
+without_fp16 = pytest.mark.skipif(
+    why_not_fp16() is not None, reason="no products with weights in fp16 here"
+)
 
 
 def new_model(config: ModelConfig) -> Transformer:
@@ -85,15 +90,36 @@ def test_answers_made_at_the_same_time_do_not_mix() -> None:
             assert list(made) == expected
 
 
-def test_a_broken_result_is_not_passed_on() -> None:
-    """What overwrites its target doesn't read it first: not a number would stay there for good."""
-    for size in (64, 65):
-        out, weight, x = torch.full((size,), torch.nan), torch.randn(size, 24), torch.randn(24)
-        product = product_into(out, weight, x)
-        product(beta=0, alpha=2.0)
-        torch.testing.assert_close(out, 2 * weight @ x)
-        product()
-        torch.testing.assert_close(out, 3 * weight @ x)
+@without_fp16
+def test_weights_in_fp16_are_rounded_and_nothing_else_is() -> None:
+    model, copy = new_model(CONFIG), new_model(CONFIG)
+    for linear in copy.modules():
+        if isinstance(linear, torch.nn.Linear):
+            linear.weight.data = linear.weight.data.half().float()
+    ids = torch.randint(0, CONFIG.vocab_size, (40,)).tolist()
+    exact, expected = step_by_step(model, ids), step_by_step(copy, ids)
+    speed_up(model, "fp16")
+    found = step_by_step(model, ids)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+    assert (found - exact).abs().max() > 1e-3  # they were rounded
+    with torch.no_grad():  # but for prompts they weren't
+        prompt = torch.tensor([PROMPT])
+        assert torch.equal(model(prompt).logits, new_model(CONFIG)(prompt).logits)
+
+
+@pytest.mark.parametrize("weights", ["fp32", pytest.param("fp16", marks=without_fp16)])
+@pytest.mark.parametrize("rows", [64, 65])
+def test_what_is_put_does_not_look_at_what_was_there(weights: str, rows: int) -> None:
+    """Or what isn't a number would stay there for good."""
+    weight, x = torch.randn(rows, 24).half().float(), torch.randn(24)
+    out = torch.full((rows,), torch.nan)
+    product = PRODUCTS[weights](weight, x, out)
+    product.put(2.0)
+    torch.testing.assert_close(out, 2 * weight @ x)
+    product.add()
+    torch.testing.assert_close(out, 3 * weight @ x)
+    x.neg_()
+    torch.testing.assert_close(product.alone(), weight @ x)
 
 
 def test_without_mkl_the_numbers_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
