@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hamner import few_rows
-from model import DecoderLayer, KVCache, Transformer
+from model import DecoderLayer, KVCache, Transformer, attend
 
 
 class Fp32Product:
@@ -127,9 +127,8 @@ class EagerStep:
         self._halves = self._qk.chunk(2, dim=1)[::-1]
         self._swapped = torch.zeros_like(self._qk)
         self._k = qkv[heads : heads + kv_heads]
-        self._q = qkv[:heads].view(kv_heads, -1, size)  # each group's queries as its positions
+        self._q = qkv[:heads].view(1, kv_heads, -1, size)  # each group's queries as its positions
         self._attended = self._h.view_as(self._q)
-        self._nothing = torch.zeros(1)
 
         sign = torch.ones(size)
         sign[: size // 2] = -1
@@ -184,6 +183,4 @@ class EagerStep:
         keys.select(1, length).copy_(self._k)
         values.select(1, length).copy_(self._v)
         keys, values = keys.narrow(1, 0, length + 1), values.narrow(1, 0, length + 1)
-        scale = self._k.shape[1] ** -0.5
-        scores = torch.baddbmm(self._nothing, self._q, keys.mT, beta=0, alpha=scale)  # (K, H/K, S)
-        torch.bmm(scores.softmax(-1), values, out=self._attended)
+        self._attended.copy_(attend(self._q, keys[None], values[None], None, causal=False))
