@@ -10,21 +10,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor, nn
+from single_tokens import CONFIG, GREEDY, PROMPT, step_by_step
+from torch import nn
 
 from hamner import decode_step
 from hamner.decode_step import rounded, speed_up
 from hamner.errors import UserError
-from hamner.generation import Sampling, generate_batch, generate_ids
-from model import KVCache, ModelConfig, Transformer
-
-CONFIG = ModelConfig(
-    vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-    initializer_range=0.2, tie_word_embeddings=False,
-)  # fmt: skip
-GREEDY = Sampling(0.0, 0, 1.0, 1.0, max_new_tokens=30)
-PROMPT = [3, 1, 4, 1, 5]
+from hamner.generation import generate_batch, generate_ids
+from model import Transformer
 
 
 @pytest.fixture(autouse=True)
@@ -50,14 +43,6 @@ def with_rounded_weights(model: Transformer, weights: str) -> Transformer:
             exact = values.float() if scales is None else values.float() * scales[:, None]
             linear.weight.data.copy_(exact)
     return copy
-
-
-def step_by_step(model: Transformer, ids: list[int]) -> Tensor:
-    """Logits (T, V), each of a call with a single id."""
-    cache = KVCache(CONFIG, 1, len(ids))
-    with torch.no_grad():
-        made = [model(torch.tensor([[id_]]), cache=cache).logits[0, 0] for id_ in ids]
-    return torch.stack(made)
 
 
 @pytest.mark.parametrize("weights", ["bf16", "int8"])

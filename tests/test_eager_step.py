@@ -7,24 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from single_tokens import CONFIG, GREEDY, PROMPT, step_by_step
 
 from hamner import few_rows
 from hamner.decode_step import speed_up
 from hamner.eager_step import PRODUCTS, why_not_fp16
-from hamner.generation import Sampling, generate_batch, generate_ids
-from model import KVCache, ModelConfig, Transformer
+from hamner.generation import generate_batch, generate_ids
+from model import ModelConfig, Transformer
 
-CONFIG = ModelConfig(
-    vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-    initializer_range=0.2, tie_word_embeddings=False,
-)  # fmt: skip
-UNEVEN = replace(
-    CONFIG, vocab_size=321, hidden_size=72, intermediate_size=100
-)  # no 32 divides them
-GREEDY = Sampling(0.0, 0, 1.0, 1.0, max_new_tokens=30)
-PROMPT = [3, 1, 4, 1, 5]
+# None of these can be cut into blocks of 32.
+UNEVEN = replace(CONFIG, vocab_size=321, hidden_size=72, intermediate_size=100)
 
 
 without_fp16 = pytest.mark.skipif(
@@ -39,14 +31,6 @@ def new_model(config: ModelConfig) -> Transformer:
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 2.0)
     return model
-
-
-def step_by_step(model: Transformer, ids: list[int]) -> Tensor:
-    """Logits (T, V), each of a call with a single id."""
-    cache = KVCache(model.config, 1, len(ids))
-    with torch.no_grad():
-        made = [model(torch.tensor([[id_]]), cache=cache).logits[0, 0] for id_ in ids]
-    return torch.stack(made)
 
 
 @pytest.mark.parametrize("config", [CONFIG, UNEVEN], ids=["blocks", "no blocks"])
