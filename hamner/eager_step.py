@@ -127,7 +127,7 @@ class EagerStep:
         self._halves = self._qk.chunk(2, dim=1)[::-1]
         self._swapped = torch.zeros_like(self._qk)
         self._k = qkv[heads : heads + kv_heads]
-        # Queries as the positions of their group, as `attend` would lay them: 2 % of a token's time.
+        # Queries as their group's positions, as `attend` would lay them: 2 % of a token's time.
         self._q = qkv[:heads].view(1, kv_heads, -1, size)
         self._attended = self._h.view_as(self._q)
 
