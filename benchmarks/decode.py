@@ -9,8 +9,8 @@ prompt to the first, and beside it stands one forward pass over the same prompt.
 a varying order in one process; a ratio is the median of the rounds' own. llama.cpp reads the same
 weights from GGUF files, through llama-cpp-python, and is left out where that isn't installed.
 Below the table stand a token's fp32 products alone, each at its fastest, which is what the memory
-allows; and what rounded weights cost before they help: the compilation, which PyTorch's cache on
-the disk shortens from the second time on.
+allows; and how long the first answer takes to begin, with the compilation and, if they are to be,
+the rounding of the weights.
 
     CMAKE_ARGS="-DGGML_NATIVE=ON" pip install llama-cpp-python
 """
@@ -121,7 +121,7 @@ def sides(
         fast = new_model(recipe, device)
         speed_up(fast)
         found[OURS] = Side(lambda: Decoding(fast, [prompt], greedy), size)
-        for weights, share in (("fp16", 2), ("bf16", 2), ("int8", 4)):
+        for weights, share in (("fp16", 2), ("int8", 4)):
             rounded = new_model(recipe, device)
             speed_up(rounded, weights)
             answer = partial(Decoding, rounded, [prompt], greedy)
@@ -234,10 +234,9 @@ def products_alone_seconds(recipe: Recipe, turns: int = 30) -> float:
 
 
 def first_answer_seconds(recipe: Recipe) -> dict[str, float]:
-    """Seconds from a model in memory to its first new token, by weights, anew in this process."""
+    """Seconds from a model in memory to the first token by a step of its own, by weights."""
     result = {}
     for weights in WEIGHTS:
-        torch.compiler.reset()
         model = new_model(recipe, torch.device("cpu"))
         begin = time.perf_counter()
         speed_up(model, weights)

@@ -6,7 +6,6 @@ What chat.py shows on a terminal and chat_web.py in a browser is made here.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -92,8 +91,8 @@ def open_speaker(
 ) -> Speaker:
     """Load what is to talk, onto a device that is named as in `pick_device`.
 
-    Rounded weights ("fp16", "bf16" or "int8") make answers faster on a CPU, and a little different;
-    see `decode_step`. On a GPU they are bf16.
+    Rounded weights ("fp16" or "int8") make answers faster on a CPU, and a little different; see
+    `decode_step`. On a GPU they are bf16.
 
     Raises:
         UserError: there is no such checkpoint, or no such device, or these weights can't be had.
@@ -104,8 +103,6 @@ def open_speaker(
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     model = checkpoints.load_model(checkpoint, path).to(where, dtype).eval()
     speed_up(model, weights)
-    if weights == "int8" and torch.backends.cpu.get_cpu_capability() == "AVX2":
-        print("--weights int8 is slow on a CPU without AVX-512: fp16 is faster", file=sys.stderr)
     return Speaker(
         model=model,
         tokenizer=checkpoints.load_tokenizer(checkpoint),
@@ -128,7 +125,7 @@ def add_speaker_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cpu", action="store_true", help="short for --device cpu")
     parser.add_argument(
         "--weights", choices=WEIGHTS, default="fp32",
-        help="on a CPU, fp16 answers faster; bf16 and int8 after some seconds of compiling",
+        help="on a CPU, fp16 and int8 answer faster, and a little differently",
     )  # fmt: skip
 
 

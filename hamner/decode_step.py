@@ -1,156 +1,221 @@
 """One new token through a model on a CPU, with weights of 32, 16 or 8 bits.
 
-The time of a token is that of reading the weights, so rounded ones make answers faster. fp32 and
-fp16 are `eager_step`'s. No routine of torch multiplies bf16 or int8 with a single row at the
-memory's speed, but a compiled multiplication and sum does. Compiling takes seconds before the first
-answer, so it is for those who ask for it. Inputs and sums stay in fp32. Measured in
-benchmarks/decode.py.
+The time of a token is that of reading the weights, so rounded ones make answers faster. The step is
+`single_token.c`, compiled in a second for the machine it runs on. Without a C compiler fp32 goes by
+`few_rows`. Inputs and sums stay in fp32. Measured in benchmarks/decode.py.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hamner import few_rows
-from hamner.eager_step import PRODUCTS, EagerStep, why_not_fp16
-from hamner.errors import UserError
-from hamner.machine import why_not_compile
-from model import DecoderLayer, KVCache, Output, Transformer, attend, rms_norm, rotate
+from hamner.errors import UserError, first_line
+from model import DecoderLayer, KVCache, Output, Transformer
 
-WEIGHTS = ("fp32", "fp16", "bf16", "int8")
+BITS = {"fp32": 32, "fp16": 16, "int8": 8}  # of a weight
+WEIGHTS = tuple(BITS)
+SOURCE = Path(__file__).with_name("single_token.c")
+COMPILERS = ("cc", "gcc", "clang")
+
+
+# ------------------------------------------------------------------------------ the library
+
+
+def compiled(weights: str) -> ctypes.CDLL:
+    """`single_token.c` as a library for such weights, made for this CPU.
+
+    Raises:
+        UserError: there is no C compiler, or it fails.
+    """
+    names = os.environ.get("CC") or next(filter(shutil.which, COMPILERS), None)
+    if names is None:
+        raise UserError(f"no C compiler ({', '.join(COMPILERS)})")
+    native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # nobody else's
+        library = Path(folder) / "single_token.so"
+        command = [
+            *shlex.split(names), "-std=gnu11", "-O3", native, "-Wno-psabi", "-shared", "-fPIC",
+            "-pthread", f"-DWEIGHT_BITS={BITS[weights]}", str(SOURCE), "-o", str(library), "-lm",
+        ]  # fmt: skip
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+            return ctypes.CDLL(str(library))
+        except subprocess.CalledProcessError as error:
+            said = error.stderr.strip() or f"it ended with {error.returncode}"
+            raise UserError(f"{names} fails: {said.splitlines()[0]}") from None
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise UserError(f"{names} fails: {first_line(error)}") from None
+
+
+class CMatrix(ctypes.Structure):
+    """`matrix` of single_token.c."""
+
+    _fields_ = (("values", ctypes.c_void_p), ("scales", ctypes.c_void_p))
+
+
+class CLayer(ctypes.Structure):
+    """`layer` of single_token.c."""
+
+    _fields_ = (
+        ("attention_norm", ctypes.c_void_p), ("qkv", CMatrix), ("o", CMatrix),
+        ("mlp_norm", ctypes.c_void_p), ("gate_up", CMatrix), ("down", CMatrix),
+    )  # fmt: skip
+
+
+class CModel(ctypes.Structure):
+    """`model` of single_token.c."""
+
+    _fields_ = (
+        ("hidden", ctypes.c_int), ("inner", ctypes.c_int), ("heads", ctypes.c_int),
+        ("kv_heads", ctypes.c_int), ("head_dim", ctypes.c_int), ("layers", ctypes.c_int),
+        ("vocabulary", ctypes.c_int), ("eps", ctypes.c_float), ("layer", ctypes.POINTER(CLayer)),
+        ("norm", ctypes.c_void_p), ("lm_head", CMatrix),
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------ the weights
 
 
 class Weight(NamedTuple):
-    """A weight (out, in) in bf16; or in int8, times a scale (out) for each row."""
+    """A matrix (out, in): in fp32 or fp16, or in int8, times a scale (out) for each row."""
 
     values: Tensor
     scales: Tensor | None
 
 
-class LayerWeights(NamedTuple):
-    """What a token meets in a layer, in that order."""
-
-    attention_norm: Tensor
-    qkv: list[Weight]
-    o: Weight
-    mlp_norm: Tensor
-    gate: Weight
-    up: Weight
-    down: Weight
-
-
-def rounded(linear: nn.Linear, weights: str) -> Weight:
-    """Its weight in bf16 or int8."""
-    weight = linear.weight.detach()
-    if weights == "bf16":
-        return Weight(weight.bfloat16(), None)
+def rounded(weight: Tensor, weights: str) -> Weight:
+    """A matrix (out, in) of fp32 as it is to be kept."""
+    if weights == "fp32":
+        return Weight(weight.contiguous(), None)
+    if weights == "fp16":
+        return Weight(weight.half(), None)
     scales = (weight.abs().amax(1) / 127).clamp(min=1e-12)
     return Weight((weight / scales[:, None]).round().to(torch.int8), scales)
 
 
-def layer_weights(layer: DecoderLayer, weights: str) -> LayerWeights:
-    attention, mlp = layer.self_attn, layer.mlp
-    return LayerWeights(
-        layer.input_layernorm.weight.detach(),
-        [rounded(x, weights) for x in (attention.q_proj, attention.k_proj, attention.v_proj)],
-        rounded(attention.o_proj, weights),
-        layer.post_attention_layernorm.weight.detach(),
-        rounded(mlp.gate_proj, weights),
-        rounded(mlp.up_proj, weights),
-        rounded(mlp.down_proj, weights),
-    )
+def joined(*linears: nn.Linear) -> Tensor:
+    """The weights of these as one (M, N), whose parts the layers themselves go on with."""
+    whole = torch.cat([linear.weight.detach() for linear in linears])
+    parts = whole.split([len(linear.weight) for linear in linears])
+    for linear, part in zip(linears, parts, strict=True):
+        linear.weight.data = part
+    return whole
 
 
-def product(x: Tensor, weight: Weight) -> Tensor:
-    """x (in) -> weight @ x (out)."""
-    y = (weight.values.float() * x).sum(-1)
-    return y if weight.scales is None else y * weight.scales
+# ------------------------------------------------------------------------------ the step
 
 
-def before_attention(
-    x: Tensor, cos: Tensor, sin: Tensor, w: LayerWeights, heads: tuple[int, int], eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The stream x (C) and how many query and other heads -> q (1, H, 1, D), k, v (1, K, 1, D).
-
-    q, k and v are products of their own, and so are gate and up: with a single reader, the compiler
-    works the norm out anew for every row of the weight.
-    """
-    x = rms_norm(x, w.attention_norm, eps)
-    qkv = torch.cat([product(x, weight) for weight in w.qkv])
-    qkv = qkv.view(1, heads[0] + 2 * heads[1], 1, -1)  # (1, H + 2K, 1, D)
-    qk, v = qkv.split([sum(heads), heads[1]], dim=1)
-    q, k = rotate(qk, cos, sin).split(heads, dim=1)
-    return q, k, v
-
-
-def after_attention(x: Tensor, y: Tensor, w: LayerWeights, eps: float) -> Tensor:
-    """The stream x (C) and what attention gave, y (C) -> the stream (C)."""
-    x = x + product(y, w.o)
-    h = rms_norm(x, w.mlp_norm, eps)
-    return x + product(F.silu(product(h, w.gate)) * product(h, w.up), w.down)
-
-
-def head(x: Tensor, weight: Tensor, lm_head: Weight, eps: float) -> Tensor:
-    """The stream x (C) -> logits (V)."""
-    return product(rms_norm(x, weight, eps), lm_head)
-
-
-class CompiledStep:
-    """The step with rounded weights, compiled, over the cache that the model itself uses.
-
-    All layers share one compilation. Attention isn't compiled: its shapes change with the length.
-    """
+class DecodeStep:
+    """The step, over the cache that the model itself uses."""
 
     def __init__(self, model: Transformer, weights: str):
-        prepare: Any = torch.compile(dynamic=False, fullgraph=True)
-        self._before, self._after = prepare(before_attention), prepare(after_attention)
-        self._head = prepare(head)
-        self._decoder, self._eps = model.model, model.config.rms_norm_eps
-        self._heads = model.config.num_attention_heads, model.config.num_key_value_heads
+        """
+        Raises:
+            UserError: it can't be compiled.
+        """
+        self._decoder, self._weights = model.model, weights
+        self._kept: list[Tensor] = []  # what the C side points at
+        config = model.config
         layers = cast(Iterable[DecoderLayer], model.model.layers)
-        self._layers = [layer_weights(layer, weights) for layer in layers]
-        self._norm = model.model.norm.weight.detach()
-        self._lm_head = rounded(model.lm_head, weights)
+        with ThreadPoolExecutor(1 + torch.get_num_threads()) as pool:  # to round takes a while
+            library = pool.submit(compiled, weights)
+            lm_head = pool.submit(self._matrix, model.lm_head.weight.detach())
+            of_layers = (CLayer * config.num_hidden_layers)(*pool.map(self._layer, layers))
+            self._decode: Any = library.result().decode
+            self._model = CModel(
+                config.hidden_size, config.intermediate_size, config.num_attention_heads,
+                config.num_key_value_heads, config.head_dim, config.num_hidden_layers,
+                config.vocab_size, config.rms_norm_eps, of_layers,
+                self._pointer(model.model.norm.weight), lm_head.result(),
+            )  # fmt: skip
+        self._decode.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int] * 3 + [ctypes.c_void_p]
+        self._lock = threading.Lock()  # answers made at the same time take turns with the cores
+
+    def _pointer(self, tensor: Tensor) -> int:
+        self._kept.append(tensor.detach())
+        return tensor.data_ptr()
+
+    def _matrix(self, weight: Tensor) -> CMatrix:
+        values, scales = rounded(weight, self._weights)
+        return CMatrix(self._pointer(values), None if scales is None else self._pointer(scales))
+
+    def _layer(self, layer: DecoderLayer) -> CLayer:
+        attention, mlp = layer.self_attn, layer.mlp
+        return CLayer(
+            self._pointer(layer.input_layernorm.weight),
+            self._matrix(joined(attention.q_proj, attention.k_proj, attention.v_proj)),
+            self._matrix(attention.o_proj.weight.detach()),
+            self._pointer(layer.post_attention_layernorm.weight),
+            self._matrix(joined(mlp.gate_proj, mlp.up_proj)),
+            self._matrix(mlp.down_proj.weight.detach()),
+        )
 
     def __call__(self, id_: Tensor, cache: KVCache) -> Tensor:
-        """Logits (1, 1, V) after one more id (1, 1), which is added to the cache."""
-        cos, sin = self._decoder.cos[cache.length], self._decoder.sin[cache.length]  # (D)
-        x = self._decoder.embed_tokens(id_)[0, 0]  # (C)
-        for number, weights in enumerate(self._layers):
-            q, k, v = self._before(x, cos, sin, weights, self._heads, self._eps)
-            keys, values = cache.append(number, k, v)  # (1, K, S, D)
-            y = attend(q, keys, values, None, causal=False)
-            x = self._after(x, y.flatten(), weights, self._eps)
+        """Logits (1, 1, V) after one more id (1, 1), which is added to the cache.
+
+        Raises:
+            IndexError: the cache is full.
+        """
+        decoder, length = self._decoder, cache.length
+        if length >= cache.max_length:
+            raise IndexError(f"the cache is full: it holds {length} positions")
+        inputs = decoder.embed_tokens.weight[int(id_)], decoder.cos[length], decoder.sin[length]
+        keys, values = (
+            (ctypes.c_void_p * len(part))(*(layer.data_ptr() for layer in part))
+            for part in (cache.keys, cache.values)
+        )
+        logits = torch.empty(1, 1, self._model.vocabulary)
+        with self._lock:
+            failed = self._decode(
+                ctypes.byref(self._model), *(x.data_ptr() for x in inputs), keys, values,
+                length, cache.max_length, torch.get_num_threads(), logits.data_ptr(),
+            )  # fmt: skip
+        if failed:
+            raise MemoryError("no memory for one more token")
         cache.length += 1
-        return self._head(x, self._norm, self._lm_head, self._eps)[None, None]
+        return logits
 
 
 def speed_up(model: Transformer, weights: str = "fp32") -> None:
-    """Have a model on a CPU take single tokens by a step of its own, and a few by `few_rows`.
+    """Have a model (fp32) on a CPU take single tokens by a step of its own, a few by `few_rows`.
 
     The weights of 32 bits stay in memory, for prompts and for several answers side by side.
 
     Raises:
-        UserError: weights are to be rounded, but the model isn't on a CPU; or fp16 can't be
-            multiplied, or nothing compiled, here.
+        UserError: weights are to be rounded, but the model isn't on a CPU, or nothing can be
+            compiled here.
     """
-    device = model.lm_head.weight.device
-    if weights == "fp32" and device.type != "cpu":
+    weight = model.lm_head.weight
+    if weight.device.type != "cpu":
+        if weights != "fp32":
+            raise UserError(f"--weights {weights} is for the CPU: leave it away, or add --cpu")
         return
-    if device.type != "cpu":
-        raise UserError(f"--weights {weights} is for the CPU: leave it away, or add --cpu")
-    if weights == "fp16" and (reason := why_not_fp16()):
-        raise UserError(f"--weights fp16 can't be had: {reason}; take bf16")
-    if weights not in PRODUCTS and (reason := why_not_compile(device)):
-        raise UserError(f"--weights {weights} has to be compiled, and that can't be: {reason}")
-    make = EagerStep if weights in PRODUCTS else CompiledStep
-    step, plain = make(model, weights), model.forward
+    if weight.dtype != torch.float32:
+        raise ValueError(f"the model is in {weight.dtype}, not in fp32")
     few_rows.speed_up(model)
+    try:
+        step = DecodeStep(model, weights)
+    except UserError as error:
+        if weights != "fp32":
+            reason = f"--weights {weights} has to be compiled, and that can't be: {error}"
+            raise UserError(reason) from None
+        return
+    plain = model.forward
 
     def forward(input_ids: Tensor, *args: Any, **options: Any) -> Output:
         cache: KVCache | None = options.get("cache")

@@ -81,19 +81,6 @@ def test_who_is_speaking_can_be_told(
     assert told == "checkpoints/micro/sft/best.pt (stage sft, step 3), 28,832 parameters on cpu"
 
 
-@pytest.mark.parametrize(("capability", "warned"), [("AVX2", True), ("AVX512", False)])
-def test_where_int8_is_slow_it_is_said(
-    capability: str, warned: bool, speaker: Speaker, workshop: Workshop,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(conversation, "speed_up", lambda *_: None)
-    for weights in ("fp32", "fp16", "int8"):
-        open_speaker(str(workshop.recipe), speaker.path, "cpu", weights)
-        told = "fp16 is faster" in capsys.readouterr().err
-        assert told == (warned and weights == "int8")
-
-
 def test_what_was_heard_of_an_answer_is_remembered(
     speaker: Speaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
