@@ -24,6 +24,7 @@ enum {
     LANES = 8,    /* numbers in a vector */
     SUMS = 4,     /* vectors added up side by side */
     PARTS = 4,    /* of a matrix for each thread, so that none waits long for a slower one */
+    LINE = 16,    /* floats that the memory gives at once */
     SPINS = 1000, /* looks at what the others do before the core is offered to them */
 };
 
@@ -240,6 +241,8 @@ static void attend(token *t, int number, int head)
     float *p = t->scores + (ptrdiff_t)head * (length + 1), scale = 1 / sqrtf((float)size);
     float most = p[length] = dot(q, k, size) * scale, sum = 0;
     for (int s = 0; s < length; s++) {
+        for (int i = 0; i < size; i += LINE) /* the values come while the scores are worked out */
+            __builtin_prefetch(values + (ptrdiff_t)s * size + i);
         p[s] = dot(q, keys + (ptrdiff_t)s * size, size) * scale;
         most = p[s] > most ? p[s] : most;
     }
@@ -254,15 +257,18 @@ static void attend(token *t, int number, int head)
     }
 }
 
-/* inner (I) = silu(gate @ x) * (up @ x) */
+/* inner (I) = silu(gate @ x) * (up @ x), for each part first all of the one, then of the other. */
 static void gate_and_up(token *t, matrix gate_up, const float *x)
 {
     int end, hidden = t->model->hidden, inner = t->model->inner;
-    for (int i; (i = take(t, inner, &end)) < inner;)
-        for (; i < end; i++) {
-            float gate = row_times(gate_up, i, x, hidden);
-            t->inner[i] = gate / (1 + expf(-gate)) * row_times(gate_up, i + inner, x, hidden);
+    for (int begin; (begin = take(t, inner, &end)) < inner;) {
+        for (int i = begin; i < end; i++)
+            t->inner[i] = row_times(gate_up, i, x, hidden);
+        for (int i = begin; i < end; i++) {
+            float silu = t->inner[i] / (1 + expf(-t->inner[i]));
+            t->inner[i] = silu * row_times(gate_up, i + inner, x, hidden);
         }
+    }
     wait_for_all(t);
 }
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hamner import decode_step
-from hamner.decode_step import BITS, COMPILERS, SOURCE, compiled, rounded, speed_up
+from hamner.decode_step import COMPILERS, DTYPES, SOURCE, compiled, rounded, speed_up
 from hamner.errors import UserError
 from hamner.generation import Sampling, generate_batch, generate_ids
 from model import KVCache, ModelConfig, Transformer
@@ -158,15 +158,12 @@ def test_a_full_cache_is_refused() -> None:
 
 
 @needs_compiler
-def test_the_weights_of_32_bits_are_in_memory_once() -> None:
-    model = sped_up()
-    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
-    for parts in (
-        [attention.q_proj, attention.k_proj, attention.v_proj],
-        [mlp.gate_proj, mlp.up_proj],
-    ):
-        storages = {part.weight.untyped_storage().data_ptr() for part in parts}
-        assert len(storages) == 1
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_weights_of_32_bits_are_in_memory_once(tied: bool) -> None:
+    model = sped_up(replace(CONFIG, tie_word_embeddings=tied))
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    assert len({linear.weight.untyped_storage().data_ptr() for linear in linears}) == 1
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
 
 
 @needs_compiler
@@ -228,11 +225,12 @@ def test_what_can_not_be_had_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @needs_compiler
-@pytest.mark.parametrize("weights", BITS)
+@pytest.mark.parametrize("weights", DTYPES)
 def test_a_strict_compiler_has_nothing_to_say(weights: str, tmp_path: Path) -> None:
+    bits = 8 * DTYPES[weights].itemsize
     command = [
         str(compiler), "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-c",
-        "-march=native", f"-DWEIGHT_BITS={BITS[weights]}", str(SOURCE), "-o", tmp_path / "out.o",
+        "-march=native", f"-DWEIGHT_BITS={bits}", str(SOURCE), "-o", str(tmp_path / "out.o"),
     ]  # fmt: skip
     said = subprocess.run(command, capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
