@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -39,28 +39,34 @@ COMPILERS = ("cc", "gcc", "clang")
 def compiled(weights: str) -> ctypes.CDLL:
     """`single_token.c` as a library for such weights, made for this CPU.
 
+    A compiler without OpenMP makes one for a single thread.
+
     Raises:
         UserError: there is no C compiler, or it fails.
     """
     names = os.environ.get("CC") or next(filter(shutil.which, COMPILERS), None)
     if names is None:
         raise UserError(f"no C compiler ({', '.join(COMPILERS)})")
-    bits = 8 * DTYPES[weights].itemsize
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # nobody else's
-        library = Path(folder) / "single_token.so"
+        library = str(Path(folder) / "single_token.so")
         command = [
             *shlex.split(names), "-std=gnu11", "-O3", native, "-Wno-psabi", "-shared", "-fPIC",
-            "-pthread", f"-DWEIGHT_BITS={bits}", str(SOURCE), "-o", str(library), "-lm",
+            f"-DWEIGHT_BITS={8 * DTYPES[weights].itemsize}", str(SOURCE), "-o", library, "-lm",
         ]  # fmt: skip
         try:
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-            return ctypes.CDLL(str(library))
-        except subprocess.CalledProcessError as error:
-            said = error.stderr.strip() or f"it ended with {error.returncode}"
-            raise UserError(f"{names} fails: {said.splitlines()[0]}") from None
+            if why_it_fails([*command, "-fopenmp"]) and (reason := why_it_fails(command)):
+                raise UserError(f"{names} fails: {reason}")
+            return ctypes.CDLL(library)
         except (OSError, subprocess.TimeoutExpired) as error:
             raise UserError(f"{names} fails: {first_line(error)}") from None
+
+
+def why_it_fails(command: Sequence[str]) -> str | None:
+    """The first line of what it says, if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    said = done.stderr.strip() or f"it ended with {done.returncode}"
+    return said.splitlines()[0] if done.returncode else None
 
 
 class CMatrix(ctypes.Structure):

@@ -3,15 +3,13 @@
    The time of a token is that of reading the weights once. So the threads share each matrix's rows,
    every one reading long stretches of memory from front to back, and nothing else costs a pass over
    the memory or a call. decode_step.py compiles this for the machine it runs on, with WEIGHT_BITS
-   defined; nothing but C11, POSIX threads and the vectors of GCC and Clang is needed.
+   defined; it takes GCC or Clang, for their vectors, and OpenMP, if there is to be more than one
+   thread. PyTorch's threads are OpenMP's too: those that wait for more of its work take ours.
 
    H query heads share K key/value heads of D numbers; C is the hidden size, I the MLP's, V the
    vocabulary, S the positions that a cache has room for. */
 
 #include <math.h>
-#include <pthread.h>
-#include <sched.h>
-#include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -21,11 +19,10 @@
 #endif
 
 enum {
-    LANES = 8,    /* numbers in a vector */
-    SUMS = 4,     /* vectors added up side by side */
-    PARTS = 4,    /* of a matrix for each thread, so that none waits long for a slower one */
-    LINE = 16,    /* floats that the memory gives at once */
-    SPINS = 1000, /* looks at what the others do before the core is offered to them */
+    LANES = 8, /* numbers in a vector */
+    SUMS = 4,  /* vectors added up side by side */
+    PARTS = 4, /* of a matrix for each thread, so that none waits long for a slower one */
+    LINE = 16, /* floats that the memory gives at once */
 };
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
@@ -69,13 +66,13 @@ typedef struct {
     float *const *keys;     /* (layers), each (K, S, D) */
     float *const *values;
     int length, room; /* positions before this one; S */
+    int parts;        /* of each matrix */
     float *x;         /* (C), the stream */
     float *qkv;       /* (H + 2K, D) */
     float *attended;  /* (H, D) */
     float *inner;     /* (I) */
     float *scores;    /* (H, length + 1) */
     float *logits;    /* (V) */
-    atomic_int threads, arrived, round, taken;
 } token;
 
 /* ---------------------------------------------------------------------------- numbers */
@@ -168,42 +165,37 @@ static void rotate(float *out, const float *x, const token *t)
     }
 }
 
-/* ---------------------------------------------------------------------------- sharing the work */
+/* ---------------------------------------------------------------------------- the layers */
 
-/* The next part of `count` things that no thread has taken: from what is returned up to *end. */
-static int take(token *t, int count, int *end)
-{
-    int parts = t->threads * PARTS, size = (count + parts - 1) / parts;
-    int begin = atomic_fetch_add(&t->taken, size);
-    *end = begin + size < count ? begin + size : count;
-    return begin;
-}
-
-/* Nothing is left to take: go on when all have finished what they took. */
-static void wait_for_all(token *t)
-{
-    int round = t->round;
-    if (atomic_fetch_add(&t->arrived, 1) + 1 == t->threads) {
-        t->arrived = t->taken = 0;
-        t->round = round + 1;
-        return;
-    }
-    for (int i = 0; t->round == round; i++)
-        if (i > SPINS)
-            sched_yield();
-}
+/* Every thread calls these. Each does its share of an `omp for`, and waits at its end for all. */
 
 /* out (rows) = m (rows, size) @ x (size), or added to it. */
 static void multiply(token *t, matrix m, int rows, const float *x, int size, float *out, int add)
 {
-    int end;
-    for (int i; (i = take(t, rows, &end)) < rows;)
-        for (; i < end; i++)
+#pragma omp for schedule(dynamic)
+    for (int part = 0; part < t->parts; part++) {
+        int end = (int)((long)rows * (part + 1) / t->parts);
+        for (int i = (int)((long)rows * part / t->parts); i < end; i++)
             out[i] = row_times(m, i, x, size) + (add ? out[i] : 0);
-    wait_for_all(t);
+    }
 }
 
-/* ---------------------------------------------------------------------------- the layers */
+/* inner (I) = silu(gate @ x) * (up @ x), for each part first all of the one, then of the other. */
+static void gate_and_up(token *t, matrix gate_up, const float *x)
+{
+    int hidden = t->model->hidden, inner = t->model->inner;
+#pragma omp for schedule(dynamic)
+    for (int part = 0; part < t->parts; part++) {
+        int begin = (int)((long)inner * part / t->parts);
+        int end = (int)((long)inner * (part + 1) / t->parts);
+        for (int i = begin; i < end; i++)
+            t->inner[i] = row_times(gate_up, i, x, hidden);
+        for (int i = begin; i < end; i++) {
+            float silu = t->inner[i] / (1 + expf(-t->inner[i]));
+            t->inner[i] = silu * row_times(gate_up, i + inner, x, hidden);
+        }
+    }
+}
 
 /* attended = what the scores p (length + 1) add up of the values before, and of this position's. */
 static void add_values(token *t, const float *p, const float *values, const float *v, float *out)
@@ -257,38 +249,24 @@ static void attend(token *t, int number, int head)
     }
 }
 
-/* inner (I) = silu(gate @ x) * (up @ x), for each part first all of the one, then of the other. */
-static void gate_and_up(token *t, matrix gate_up, const float *x)
+static void attention(token *t, int number)
 {
-    int end, hidden = t->model->hidden, inner = t->model->inner;
-    for (int begin; (begin = take(t, inner, &end)) < inner;) {
-        for (int i = begin; i < end; i++)
-            t->inner[i] = row_times(gate_up, i, x, hidden);
-        for (int i = begin; i < end; i++) {
-            float silu = t->inner[i] / (1 + expf(-t->inner[i]));
-            t->inner[i] = silu * row_times(gate_up, i + inner, x, hidden);
-        }
-    }
-    wait_for_all(t);
+#pragma omp for schedule(dynamic)
+    for (int head = 0; head < t->model->heads; head++)
+        attend(t, number, head);
 }
 
-/* What each thread does. The norms are so little that each has its own. */
-static void *work(void *shared)
+/* The norms are so little that each thread has its own. */
+static void all_layers(token *t)
 {
-    token *t = shared;
     const model *m = t->model;
-    int end, width = m->heads * m->head_dim, qkv = width + 2 * m->kv_heads * m->head_dim;
+    int width = m->heads * m->head_dim, qkv = width + 2 * m->kv_heads * m->head_dim;
     float h[m->hidden];
-    while (t->threads == 0) /* not all have been made */
-        sched_yield();
     for (int n = 0; n < m->layers; n++) {
         const layer *l = m->layer + n;
         rms_norm(h, t->x, l->attention_norm, m);
         multiply(t, l->qkv, qkv, h, m->hidden, t->qkv, 0);
-        for (int head; (head = take(t, m->heads, &end)) < m->heads;)
-            for (; head < end; head++)
-                attend(t, n, head);
-        wait_for_all(t);
+        attention(t, n);
         multiply(t, l->o, m->hidden, t->attended, width, t->x, 1);
         rms_norm(h, t->x, l->mlp_norm, m);
         gate_and_up(t, l->gate_up, h);
@@ -296,7 +274,6 @@ static void *work(void *shared)
     }
     rms_norm(h, t->x, m->norm, m);
     multiply(t, m->lm_head, m->vocabulary, h, m->hidden, t->logits, 0);
-    return NULL;
 }
 
 /* Logits (V) after a token, given its embedding (C). Its keys and values go to the caches (layers),
@@ -309,25 +286,17 @@ int decode(const model *m, const float *embedding, const float *cos, const float
     int width = m->heads * m->head_dim, qkv = width + 2 * m->kv_heads * m->head_dim;
     size_t scores = (size_t)m->heads * (length + 1);
     float *x = malloc((m->hidden + qkv + width + m->inner + scores) * sizeof *x);
-    pthread_t *others = malloc(threads * sizeof *others);
-    int made = 0;
-    if (x && others) {
-        token t = {.model = m, .cos = cos, .sin = sin, .keys = keys, .values = values,
-                   .length = length, .room = room, .logits = logits, .x = x};
-        t.qkv = x + m->hidden;
-        t.attended = t.qkv + qkv;
-        t.inner = t.attended + width;
-        t.scores = t.inner + m->inner;
-        memcpy(x, embedding, m->hidden * sizeof *x);
-        while (made < threads - 1 && pthread_create(others + made, NULL, work, &t) == 0)
-            made++;
-        t.threads = made + 1;
-        work(&t);
-        for (int i = 0; i < made; i++)
-            pthread_join(others[i], NULL);
-    }
-    int failed = !x || !others;
+    if (!x)
+        return 1;
+    token t = {.model = m, .cos = cos, .sin = sin, .keys = keys, .values = values, .logits = logits,
+               .length = length, .room = room, .parts = threads * PARTS, .x = x};
+    t.qkv = x + m->hidden;
+    t.attended = t.qkv + qkv;
+    t.inner = t.attended + width;
+    t.scores = t.inner + m->inner;
+    memcpy(x, embedding, m->hidden * sizeof *x);
+#pragma omp parallel num_threads(threads)
+    all_layers(&t);
     free(x);
-    free(others);
-    return failed;
+    return 0;
 }

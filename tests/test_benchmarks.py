@@ -302,7 +302,7 @@ def test_batches_suit_recipe_and_device(recipe_file: Path) -> None:
 
 def test_decode_shows_every_side_and_ours_beside_its_peers(call: Callable[..., str]) -> None:
     out = call(decode, "--prompt", "20", "--new", "8", "--rounds", "1")
-    for side in ("ours ", "ours, torch's products", "ours, bf16", "ours, int8", "hf generate"):
+    for side in ("ours ", "ours, torch's products", "ours, fp16", "ours, int8", "hf generate"):
         assert out.count(side) == 1
     assert ("llama.cpp f32" in out) == bool(importlib.util.find_spec("llama_cpp"))
     assert "one forward pass over the prompt" in out and "first words: fp32" in out

@@ -225,12 +225,26 @@ def test_what_can_not_be_had_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @needs_compiler
+def test_a_compiler_without_openmp_gives_the_same(
+    ids: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = step_by_step(sped_up(UNEVEN), ids)
+    without = tmp_path / "cc"
+    refuse = 'case "$*" in *-fopenmp*) exit 1;; esac'
+    without.write_text(f'#!/bin/sh\n{refuse}\ntouch "$0.called"\nexec {compiler} "$@"\n')
+    without.chmod(0o755)
+    monkeypatch.setenv("CC", str(without))
+    assert torch.equal(step_by_step(sped_up(UNEVEN), ids), expected)
+    assert (tmp_path / "cc.called").exists()
+
+
+@needs_compiler
 @pytest.mark.parametrize("weights", DTYPES)
 def test_a_strict_compiler_has_nothing_to_say(weights: str, tmp_path: Path) -> None:
     bits = 8 * DTYPES[weights].itemsize
     command = [
         str(compiler), "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-c",
-        "-march=native", f"-DWEIGHT_BITS={bits}", str(SOURCE), "-o", str(tmp_path / "out.o"),
+        "-fopenmp", "-march=native", f"-DWEIGHT_BITS={bits}", str(SOURCE), "-o", str(tmp_path / "out.o"),
     ]  # fmt: skip
     said = subprocess.run(command, capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
