@@ -244,7 +244,8 @@ def test_a_strict_compiler_has_nothing_to_say(weights: str, tmp_path: Path) -> N
     bits = 8 * DTYPES[weights].itemsize
     command = [
         str(compiler), "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-c",
-        "-fopenmp", "-march=native", f"-DWEIGHT_BITS={bits}", str(SOURCE), "-o", str(tmp_path / "out.o"),
+        "-fopenmp", "-march=native", f"-DWEIGHT_BITS={bits}", str(SOURCE),
+        "-o", str(tmp_path / "out.o"),
     ]  # fmt: skip
     said = subprocess.run(command, capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
