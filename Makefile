@@ -18,7 +18,7 @@ demo: .venv/runtime        ## all five stages on a CPU, offline, then a conversa
 	$(PY) chat.py --recipe tiny
 
 test: .venv/dev            ## the whole test suite; no network, no GPU
-	$(PY) -m pytest -n 2
+	$(PY) -m pytest -n 3
 
 lint: .venv/dev            ## style, formatting, types
 	$(PY) -m ruff check .
