@@ -8,6 +8,7 @@ The time of a token is that of reading the weights, so rounded ones make answers
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import platform
 import shlex
@@ -36,17 +37,27 @@ COMPILERS = ("cc", "gcc", "clang")
 # ------------------------------------------------------------------------------ the library
 
 
-def compiled(weights: str) -> ctypes.CDLL:
-    """`single_token.c` as a library for such weights, made for this CPU.
-
-    A compiler without OpenMP makes one for a single thread.
+def compiler() -> str:
+    """The command that compiles C: the environment's CC, or the first that is found.
 
     Raises:
-        UserError: there is no C compiler, or it fails.
+        UserError: there is none.
     """
     names = os.environ.get("CC") or next(filter(shutil.which, COMPILERS), None)
     if names is None:
         raise UserError(f"no C compiler ({', '.join(COMPILERS)})")
+    return names
+
+
+@functools.cache
+def compiled(weights: str, names: str) -> ctypes.CDLL:
+    """`single_token.c` as a library for such weights, made for this CPU by the compiler `names`.
+
+    A compiler without OpenMP makes one for a single thread.
+
+    Raises:
+        UserError: the compiler fails.
+    """
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # nobody else's
         library = str(Path(folder) / "single_token.so")
@@ -149,12 +160,12 @@ class DecodeStep:
     def __init__(self, model: Transformer, weights: str):
         """
         Raises:
-            UserError: it can't be compiled.
+            UserError: it can't be compiled here.
         """
         self._decoder, config = model.model, model.config
         self._kept: list[Tensor] = []  # what the C side points at
         with ThreadPoolExecutor(1) as pool:
-            library = pool.submit(compiled, weights)  # meanwhile:
+            library = pool.submit(compiled, weights, compiler())  # meanwhile:
             room = Room(config.matmul_parameters(), weights)
             layers = cast(Iterable[DecoderLayer], model.model.layers)
             of_layers = [self._layer(layer, room) for layer in layers]

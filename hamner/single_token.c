@@ -144,7 +144,9 @@ static float row_times(matrix m, int row, const float *x, int size)
     float sum = 0;
     for (; i < size; i++)
         sum += load_weight(w + i) * x[i];
-    sum += total((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    for (int j = 1; j < SUMS; j++)
+        sums[0] += sums[j];
+    sum += total(sums[0]);
     return m.scales ? sum * m.scales[row] : sum;
 }
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hamner import decode_step
-from hamner.decode_step import COMPILERS, DTYPES, SOURCE, compiled, rounded, speed_up
+from hamner.decode_step import COMPILERS, DTYPES, SOURCE, compiled, compiler, rounded, speed_up
 from hamner.errors import UserError
 from hamner.generation import Sampling, generate_batch, generate_ids
 from model import KVCache, ModelConfig, Transformer
@@ -30,8 +30,8 @@ UNEVEN = replace(CONFIG, vocab_size=321, hidden_size=72, intermediate_size=101)
 GREEDY = Sampling(0.0, 0, 1.0, 1.0, max_new_tokens=30)
 PROMPT = [3, 1, 4, 1, 5]
 
-compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
-needs_compiler = pytest.mark.skipif(compiler is None, reason="no C compiler here")
+found = next(filter(None, map(shutil.which, COMPILERS)), None)
+needs_compiler = pytest.mark.skipif(found is None, reason="no C compiler here")
 
 
 def new_model(config: ModelConfig = CONFIG) -> Transformer:
@@ -100,9 +100,9 @@ def test_the_step_is_the_model_with_rounded_weights(
     config: ModelConfig, weights: str, ids: list[int]
 ) -> None:
     expected = step_by_step(with_rounded_weights(config, weights), ids)
-    found = step_by_step(sped_up(config, weights), ids)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    assert (found - step_by_step(new_model(config), ids)).abs().max() > 1e-3  # they were rounded
+    made = step_by_step(sped_up(config, weights), ids)
+    torch.testing.assert_close(made, expected, atol=1e-4, rtol=1e-4)
+    assert (made - step_by_step(new_model(config), ids)).abs().max() > 1e-3  # they were rounded
 
 
 @needs_compiler
@@ -112,7 +112,7 @@ def test_what_is_spelt_out_for_x86_is_what_the_compiler_makes(
     weights: str, ids: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = step_by_step(sped_up(UNEVEN, weights), ids)
-    monkeypatch.setenv("CC", f"{compiler} -mno-f16c -mno-avx512f")
+    monkeypatch.setenv("CC", f"{found} -mno-f16c -mno-avx512f")
     try:
         model = sped_up(UNEVEN, weights)
     except UserError as error:
@@ -126,11 +126,11 @@ def test_rounding_is_off_by_half_a_step_at_most(weights: str) -> None:
     weight = torch.randn(50, 48) * torch.logspace(-4, 3, 50)[:, None]
     values, scales = rounded(weight, weights)
     if scales is None:
-        bound, found = weight.abs() / 2048 + 2**-25, values.float()
+        bound, exact = weight.abs() / 2048 + 2**-25, values.float()
     else:
         bound = (weight.abs().amax(1, keepdim=True) / 127 / 2).expand_as(weight) * 1.001
-        found = values.float() * scales[:, None]
-    assert ((found - weight).abs() <= bound).all()
+        exact = values.float() * scales[:, None]
+    assert ((exact - weight).abs() <= bound).all()
     assert not rounded(torch.zeros(5, 4), weights).values.any()
 
 
@@ -231,7 +231,7 @@ def test_a_compiler_without_openmp_gives_the_same(
     expected = step_by_step(sped_up(UNEVEN), ids)
     without = tmp_path / "cc"
     refuse = 'case "$*" in *-fopenmp*) exit 1;; esac'
-    without.write_text(f'#!/bin/sh\n{refuse}\ntouch "$0.called"\nexec {compiler} "$@"\n')
+    without.write_text(f'#!/bin/sh\n{refuse}\ntouch "$0.called"\nexec {found} "$@"\n')
     without.chmod(0o755)
     monkeypatch.setenv("CC", str(without))
     assert torch.equal(step_by_step(sped_up(UNEVEN), ids), expected)
@@ -243,7 +243,7 @@ def test_a_compiler_without_openmp_gives_the_same(
 def test_a_strict_compiler_has_nothing_to_say(weights: str, tmp_path: Path) -> None:
     bits = 8 * DTYPES[weights].itemsize
     command = [
-        str(compiler), "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-c",
+        str(found), "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-c",
         "-fopenmp", "-march=native", f"-DWEIGHT_BITS={bits}", str(SOURCE),
         "-o", str(tmp_path / "out.o"),
     ]  # fmt: skip
@@ -254,5 +254,5 @@ def test_a_strict_compiler_has_nothing_to_say(weights: str, tmp_path: Path) -> N
 @needs_compiler
 def test_the_library_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert compiled("fp32").decode
+    assert compiled.__wrapped__("fp32", compiler()).decode
     assert not list(tmp_path.iterdir())
