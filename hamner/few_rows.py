@@ -2,7 +2,9 @@
 
 A new token is multiplied with every weight once, so its time is that of reading the weights. MKL
 gives such a product to one core. Cut into blocks of rows, it is a batch of small products, which
-all cores share; the numbers are those of the same weights. Measured in benchmarks/decode.py.
+all cores share; the numbers are those of the same weights. For two to four answers side by side;
+single tokens go by `decode_step`, and come here where nothing can be compiled. Measured in
+benchmarks/decode.py.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -190,10 +189,9 @@ def test_prompts_and_answers_side_by_side_take_the_weights_of_32_bits() -> None:
 
 
 @pytest.fixture
-def without_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(decode_step, "COMPILERS", ("no-such-compiler",))
-    yield
 
 
 @pytest.mark.usefixtures("without_compiler")
