@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import platform
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -16,6 +19,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from hamner.errors import UserError
+from hamner.files import write_report
 from hamner.machine import PRECISIONS, Machine, autocast, compile_layers
 from hamner.optim import LossScale, gradient_norm
 from hamner.recipe import Recipe, load_recipe
@@ -250,6 +254,38 @@ def more_than_zero(text: str) -> float:
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"must be more than 0, got {text}")
     return number
+
+
+def file_to_write(text: str) -> Path:
+    """A path that isn't a folder's, for argparse: seen before the measuring, not after it."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder: name a file")
+    return path
+
+
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="write all of it there")
+
+
+def keep(arguments: argparse.Namespace, found: Mapping[str, Any]) -> None:
+    """With --json, write what was found there, beside the machine and the options.
+
+    Raises:
+        UserError: the file can't be written.
+    """
+    if arguments.json is None:
+        return
+    about = {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": platform.machine(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "options": {name: value for name, value in vars(arguments).items() if value is not None},
+    }
+    write_report(arguments.json, {**about, **found})
+    print(f"written to {arguments.json}")
 
 
 def add_recipe_options(parser: argparse.ArgumentParser, recipe: str) -> None:

@@ -21,6 +21,7 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common import add_json_option, keep
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer as HFTokenizer
@@ -110,6 +111,7 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     parser.add_argument("--tokens", type=int, default=2_000_000, help="a round; default 2,000,000")
     parser.add_argument("--rounds", type=int, default=5)
+    add_json_option(parser)
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe, ["read_ahead=100_000", *arguments.overrides])
     tokenizer = open_tokenizer(recipe)
@@ -128,6 +130,11 @@ def main() -> int:
     ratio = median(loader / bare for loader, bare in rounds)
     table.add_row("median", f"{median(loaders):,.0f}", f"{median(bares):,.0f}", f"{ratio:.3f}")
     Console().print(table)
+    keep(arguments, {
+        "tokens_per_second": {"loader": median(loaders), "bare_tokenizer": median(bares)},
+        "loader_over_bare": ratio,
+        "rounds": [{"loader": loader, "bare_tokenizer": bare} for loader, bare in rounds],
+    })  # fmt: skip
     return 0
 
 

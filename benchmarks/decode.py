@@ -33,8 +33,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from common import (
+    add_json_option,
     add_recipe_options,
     hugging_face_llama,
+    keep,
     median_ratio,
     narrow_table,
     positive,
@@ -215,6 +217,24 @@ def as_table(found: dict[str, Side], passes: list[float], title: str) -> Table:
     return table
 
 
+def figures(found: dict[str, Side], passes: list[float]) -> dict[str, Any]:
+    """What the table shows, and every round: tokens/s, and seconds until the first token."""
+    llama = found.get("llama.cpp f32")
+    sides = {
+        name: {
+            "tokens_per_second": median(side.rates),
+            "of_generate": median_ratio(side.rates, found[PEER].rates),
+            "of_llama_cpp_f32": median_ratio(side.rates, llama.rates) if llama else None,
+            "first_token_of_a_pass": median_ratio(side.first, passes),
+            "bytes_per_token": side.bytes_per_token,
+            "rounds": side.rates,
+            "first_token_seconds": side.first,
+        }
+        for name, side in found.items()
+    }
+    return {"sides": sides, "pass_seconds": passes}
+
+
 def products_alone_seconds(recipe: Recipe, turns: int = 30) -> float:
     """Seconds of a token's products in fp32 with nothing between them, each at its fastest."""
     seconds, config = 0.0, recipe.model.config()
@@ -253,6 +273,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_recipe_options(parser, "v4")
+    add_json_option(parser)
     parser.add_argument("--prompt", type=positive, default=512, help="tokens of the prompt")
     parser.add_argument("--new", type=positive, default=64, help="tokens of the answer")
     parser.add_argument("--rounds", type=positive, default=5)
@@ -276,12 +297,15 @@ def main() -> int:
     )
     Console(width=100).print(as_table(found, passes, title))
     print(f"one forward pass over the prompt: {1000 * median(passes):.0f} ms")
+    result = figures(found, passes)
     if device.type == "cpu":
         alone = products_alone_seconds(recipe)
         print(f"the products alone, fp32: {1000 * alone:.1f} ms, {1 / alone:.1f} tokens/s")
-        ready = first_answer_seconds(recipe).items()
-        told = ", ".join(f"{weights} {seconds:.1f} s" for weights, seconds in ready)
+        ready = first_answer_seconds(recipe)
+        told = ", ".join(f"{weights} {seconds:.1f} s" for weights, seconds in ready.items())
         print(f"from a loaded model to its first words: {told}")
+        result |= {"products_alone_seconds": alone, "first_answer_seconds": ready}
+    keep(arguments, result)
     return 0
 
 

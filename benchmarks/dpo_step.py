@@ -32,6 +32,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 
 import torch
+from common import add_json_option, keep
 from datasets import Dataset, disable_progress_bars
 from rich.console import Console
 from rich.table import Table
@@ -337,6 +338,20 @@ def result_table(recipe: Recipe, turns: Turns, losses: list[list[float]]) -> Tab
     return table
 
 
+def figures(recipe: Recipe, turns: Turns, losses: list[list[float]]) -> dict[str, Any]:
+    """What the table shows, and every round: pairs a second, and all losses."""
+    pairs, ours = turns.steps * recipe.dpo.pairs_per_step, turns.seconds[0][1:]
+    return {
+        name: {
+            "pairs_per_second": median(pairs / second for second in seconds[1:]),
+            "ours_over_this": median(b / a for a, b in zip(ours, seconds[1:], strict=True)),
+            "rounds": [pairs / second for second in seconds[1:]],
+            "losses": curve,
+        }
+        for name, seconds, curve in zip(NAMES, turns.seconds, losses, strict=True)
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -347,6 +362,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="turns that count; default 5")
     parser.add_argument("--steps", type=int, default=2, help="of a turn; default 2")
     parser.add_argument("--pairs", type=int, default=120, help="pairs read; default 120")
+    add_json_option(parser)
     arguments = parser.parse_args()
     for name in ("rounds", "steps", "pairs"):
         if getattr(arguments, name) < 1:
@@ -368,6 +384,7 @@ def main() -> int:
         loops.insert(0, our_loop(recipe, model, tokenizer, turns, losses[0]))
         run_by_turns(loops, turns)
         Console().print(result_table(recipe, turns, losses))
+    keep(arguments, {"sides": figures(recipe, turns, losses)})
     return 0
 
 

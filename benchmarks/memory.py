@@ -18,11 +18,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from common import OurStepper, narrow_table, positive
+from common import OurStepper, add_json_option, keep, narrow_table, positive
 from rich.console import Console
 from rich.table import Table
 
@@ -151,16 +152,29 @@ def work_from(text: str) -> Work:
     return Work(**{**fields, "config": ModelConfig(**fields["config"])})
 
 
-def table_of(works: dict[str, Work], repeats: int) -> Table:
+def measure_all(works: dict[str, Work], repeats: int) -> dict[str, dict[str, Any]]:
+    """Bytes of every shape, by name: predicted, of which weights and activations; measured."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, work in works.items():
+        parts = memory_bytes(work)
+        found[name] = {
+            "weights": parts["weights"],
+            "activations": parts["activations"],
+            "predicted": peak_bytes(work),
+            "measured": [measure(work) for _ in range(repeats)],
+        }
+        print(f"{name}: done", file=sys.stderr, flush=True)
+    return found
+
+
+def table_of(found: dict[str, dict[str, Any]]) -> Table:
     headings = ("shape", "weights", "activations", "predicted", "measured", "highest", "ratio")
     table = narrow_table("MiB at the peak", headings)
-    for name, work in works.items():
-        parts, predicted = memory_bytes(work), peak_bytes(work)
-        found = [measure(work) for _ in range(repeats)]
-        row = [parts["weights"], parts["activations"], predicted, median(found), max(found)]
+    for name, sizes in found.items():
+        measured, predicted = sizes["measured"], sizes["predicted"]
+        row = [sizes["weights"], sizes["activations"], predicted, median(measured), max(measured)]
         cells = [f"{value / MIB:,.0f}" for value in row]
-        table.add_row(name, *cells, f"{predicted / median(found):.2f}")
-        print(f"{name}: done", file=sys.stderr, flush=True)
+        table.add_row(name, *cells, f"{predicted / median(measured):.2f}")
     return table
 
 
@@ -187,6 +201,7 @@ def main() -> int:
     parser.add_argument("--device", default="auto", help="auto, cuda or cpu")
     parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--shapes", default="", help="names, with ; between them; default all")
+    add_json_option(parser)
     parser.add_argument("--work", type=work_from, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work is not None:
@@ -194,7 +209,9 @@ def main() -> int:
         return 0
     names = [name.strip() for name in arguments.shapes.split(";") if name.strip()]
     works = chosen(names, works_for(pick_device(arguments.device)))
-    Console().print(table_of(works, arguments.repeats))
+    found = measure_all(works, arguments.repeats)
+    Console().print(table_of(found))
+    keep(arguments, {"bytes": found})
     return 0
 
 

@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -28,7 +29,9 @@ import torch
 from common import (
     OurStepper,
     Stepper,
+    add_json_option,
     add_recipe_options,
+    keep,
     median_ratio,
     narrow_table,
     positive,
@@ -222,11 +225,26 @@ def table_of(speeds: dict[str, Speeds], losses: dict[str, float], title: str) ->
     return table
 
 
+def figures(speeds: dict[str, Speeds], losses: dict[str, float]) -> dict[str, Any]:
+    """What the table shows, and every round, in tokens/s."""
+    return {
+        way: {
+            "useful_tokens_per_second": median(speed.useful),
+            "packed_over_this": median_ratio(speeds["packed"].useful, speed.useful),
+            "loss": losses[way],
+            "rounds": speed.useful,
+            "rounds_labelled": speed.labelled,
+        }
+        for way, speed in speeds.items()
+    }
+
+
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_recipe_options(parser, "tiny")
+    add_json_option(parser)
     parser.add_argument(
         "--data", type=Path, metavar="FOLDER", help="default: the recipe's SFT file"
     )
@@ -275,6 +293,7 @@ def main() -> int:
     worst = max(losses.values()) - min(losses.values())
     same = worst <= LOSS_TOLERANCE
     print(f"same loss: {'yes' if same else 'NO'}, {worst:.1e} apart (at most {LOSS_TOLERANCE:g})")
+    keep(arguments, {"tokens_a_conversation": length, "ways": figures(speeds, losses)})
     return 0 if same else 1
 
 

@@ -23,7 +23,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -37,10 +37,12 @@ from common import (
     OurStepper,
     Stepper,
     add_batch_options,
+    add_json_option,
     add_recipe_options,
     batch_and_length,
     compile_blocks,
     hugging_face_llama,
+    keep,
     largest_products,
     limit_memory,
     matmul_flops,
@@ -361,6 +363,23 @@ def cells(comparison: Comparison, name: str, result: Result) -> list[str]:
     ]
 
 
+def figures(comparison: Comparison) -> dict[str, Any]:
+    """What the table shows, and every round: tokens/s, and FLOP/s of products."""
+    variants: dict[str, Any] = {}
+    for name, result in comparison.results.items():
+        variants[name] = asdict(result)
+        if not result.problem:
+            variants[name] |= {
+                "tokens_per_second": median(result.speeds),
+                "of_hugging_face": comparison.ratio(name),
+                "of_matmul": comparison.of_matmul(name),
+                "of_own_products": comparison.of_own(name),
+                "mfu": comparison.mfu(name),
+            }
+    rates = {"flops_of_matmul": comparison.matmul, "flops_of_own_products": comparison.own}
+    return {"parameters": comparison.job.config.num_parameters(), "variants": variants, **rates}
+
+
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -381,6 +400,7 @@ def command_line() -> argparse.ArgumentParser:
     )
     add_recipe_options(parser, "v4")
     add_batch_options(parser)
+    add_json_option(parser)
     parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--steps", type=positive, help="a round; default 2, on CUDA 10")
     parser.add_argument(
@@ -412,7 +432,9 @@ def main() -> int:
         arguments.checkpointing,
     )
     steps = arguments.steps or (10 if cuda else 2)
-    Console().print(table_of(compare(job, arguments.variants, arguments.rounds, steps)))
+    comparison = compare(job, arguments.variants, arguments.rounds, steps)
+    Console().print(table_of(comparison))
+    keep(arguments, figures(comparison))
     return 0
 
 

@@ -87,13 +87,38 @@ def cells(output: str, first: str) -> list[str]:
     return row.strip()[len(first) :].split()
 
 
+def shown_and_kept(output: str, path: Path, group: str, figure: str, form: str) -> list[str]:
+    """A figure of every row, as the file has it; the table begins its rows with the same."""
+    report = json.loads(path.read_text(encoding="utf-8"))
+    assert report["torch"] == torch.__version__ and report["options"]["rounds"] == 2
+    kept = {name: row for name, row in report[group].items() if row.get("problem", "") == ""}
+    assert f"written to {path}" in output and len(kept) > 1
+    for name, row in kept.items():
+        assert len(row.get("rounds") or row["speeds"]) == 2
+        assert cells(output, name)[0] == format(row[figure], form)
+    return list(kept)
+
+
+def test_a_folder_to_write_to_is_refused_before_anything_is_measured(
+    call: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        call(decode, "--json", str(tmp_path))
+    assert stop.value.code == 2 and "is a folder: name a file" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------- train_step
 
 SMALL_STEP = ("--batch", "2", "--length", "16", "--rounds", "2", "--steps", "1")
 
 
-def test_train_step_shows_every_variant_in_80_columns(call: Callable[..., str]) -> None:
-    output = call(train_step, *SMALL_STEP)
+def test_train_step_shows_every_variant_in_80_columns(
+    call: Callable[..., str], tmp_path: Path
+) -> None:
+    path = tmp_path / "train_step.json"
+    output = call(train_step, *SMALL_STEP, "--json", str(path))
+    names = shown_and_kept(output, path, "variants", "tokens_per_second", ",.0f")
+    assert tuple(names) == train_step.VARIANTS
     for name in train_step.VARIANTS:
         row = cells(output, name)
         assert all(float(value.replace(",", "")) > 0 for value in row[:4])
@@ -300,8 +325,13 @@ def test_batches_suit_recipe_and_device(recipe_file: Path) -> None:
 # ------------------------------------------------------------------------------- decode
 
 
-def test_decode_shows_every_side_and_ours_beside_its_peers(call: Callable[..., str]) -> None:
-    out = call(decode, "--prompt", "20", "--new", "8", "--rounds", "1")
+def test_decode_shows_every_side_and_ours_beside_its_peers(
+    call: Callable[..., str], tmp_path: Path
+) -> None:
+    path = tmp_path / "decode.json"
+    out = call(decode, "--prompt", "20", "--new", "8", "--rounds", "2", "--json", str(path))
+    assert decode.PEER in shown_and_kept(out, path, "sides", "tokens_per_second", ".1f")
+    assert set(json.loads(path.read_text())["first_answer_seconds"]) == set(decode.WEIGHTS)
     for side in ("ours ", "ours, torch's products", "ours, fp16", "ours, int8", "hf generate"):
         assert out.count(side) == 1
     assert ("llama.cpp f32" in out) == bool(importlib.util.find_spec("llama_cpp"))
@@ -342,7 +372,10 @@ SMALL_PACKING += ("--set", "sft.sequence_length=256")
 
 
 def test_packing_shows_three_ways_with_one_loss(call: Callable[..., str], talk: Path) -> None:
-    output = call(sft_packing, *SMALL_PACKING, "--data", str(talk))
+    path = talk / "packing.json"
+    output = call(sft_packing, *SMALL_PACKING, "--data", str(talk), "--json", str(path))
+    names = shown_and_kept(output, path, "ways", "useful_tokens_per_second", ",.0f")
+    assert tuple(names) == sft_packing.WAYS
     rows = [cells(output, way) for way in sft_packing.WAYS]
     assert all(float(value.replace(",", "")) > 0 for row in rows for value in row)
     assert rows[0][4] == "1.00" and "same loss: yes" in output and "…" not in output
