@@ -5,7 +5,8 @@
 What is to be gathered stands in the recipe under sft.data. A conversation goes to train or
 validation by a hash of its words, the one that splits every stage's documents: copies never stand
 on both sides, and what validates here was not trained on in stage 3. What is gathered is kept in
-parts until all of it is there: a run that was stopped goes on where it was.
+parts until all of it is there: a run that was stopped goes on where it was. A source of single
+questions can give conversations of several, too (`chained`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import random
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -183,6 +185,30 @@ def gather_all(recipe: Recipe, folder: Path) -> list[Gathered]:
     return gathered
 
 
+def chained(part: Gathered, seed: int) -> Gathered:
+    """Conversations of 2 to `chained_turns` questions, drawn from a source's single ones.
+
+    Who learns single questions alone answers a later one with what stands before it in mind. The
+    system prompt is the first question's. Only what is trained on is put together.
+
+    Raises:
+        UserError: there are too few single questions.
+    """
+    spec, rng = part.spec, random.Random(f"{seed} {part.spec.label}")
+    single = [m for m in part.train if sum(message["role"] == "user" for message in m) == 1]
+    if len(single) < spec.chained_turns:
+        raise UserError(
+            f"source {spec.name!r}: of its {len(single)} conversations of one question none can be "
+            f"put together with {spec.chained_turns} turns: give a smaller chained_turns, or none"
+        )
+    found = Gathered(spec.model_copy(update={"label": f"{spec.label}, chained", "repeat": 1}))
+    for _ in range(spec.chained):
+        first, *others = rng.sample(single, rng.randint(2, spec.chained_turns))
+        turns = (message for talk in others for message in talk if message["role"] != "system")
+        found.train.append([*first, *turns])
+    return found
+
+
 def key_of_source(recipe: Recipe, spec: SFTSource, before: str) -> str:
     """A digest of all that a source's part of the result follows from, with what came before it."""
     source = recipe.sources[spec.name]
@@ -280,6 +306,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here")
         return 130
+    gathered += [chained(part, recipe.seed) for part in gathered if part.spec.chained]
     for side in SIDES:
         if not any(getattr(part, side) for part in gathered):
             raise UserError(f"no conversation for {side}: change held_out_fraction in the recipe")

@@ -2,6 +2,7 @@
 
     python test_ood.py --recipe tiny                    the best checkpoint there is
     python test_ood.py --recipe tiny --temp 0 --quiet   the likeliest answers, the table alone
+    python test_ood.py --recipe tiny --say "No."        what one answer to everything would get
 
 The prompts stand in ood/prompts.yaml. About half say something trained in other words, the others
 are of a kind that was never trained; the two are scored apart. Prompts that the training data hold
@@ -19,7 +20,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -231,6 +232,44 @@ def answers(
     return [answer(speaker, messages, dataclasses.replace(sampling, seed=seed)) for seed in seeds]
 
 
+@dataclass
+class Answerer:
+    """Who answers: a model, or the same words whatever is asked."""
+
+    title: str
+    about: dict[str, Any]  # for the report
+    answers: Callable[[Prompt], list[Answer]]
+
+
+def model_answers(arguments: argparse.Namespace) -> Answerer:
+    """The checkpoint that the arguments choose.
+
+    Raises:
+        UserError: there is none, or a sampling that can't be.
+    """
+    speaker = open_speaker(arguments.recipe, arguments.checkpoint, arguments.device)
+    sampling = chosen_sampling(speaker, arguments)
+    system = speaker.system if arguments.system is None else arguments.system
+    about = {
+        "checkpoint": str(speaker.path), "stage": speaker.stage, "step": speaker.step,
+        "system": system, "sampling": dataclasses.asdict(sampling), "samples": arguments.samples,
+    }  # fmt: skip
+
+    def ask(prompt: Prompt) -> list[Answer]:
+        return answers(speaker, prompt, sampling, system, arguments.samples)
+
+    return Answerer(f"{speaker}\ntemperature {sampling.temperature:g}", about, ask)
+
+
+def same_answers(text: str) -> Answerer:
+    """A text as every answer; {question} in it stands for what was asked last."""
+
+    def say(prompt: Prompt) -> list[Answer]:
+        return [Answer(text.replace("{question}", prompt.ask[-1]).strip())]
+
+    return Answerer(f"no model: {text!r} is the answer to everything", {"say": text}, say)
+
+
 def interval(right: float, count: int) -> tuple[float, float]:
     """Where the true share lies, with 95 % confidence, if `right` of `count` are right.
 
@@ -314,6 +353,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
     add("--temp", type=float, help="temperature; 0 always takes the likeliest word")
     add("--system", metavar="TEXT", help="system prompt; '' for none")
+    add(
+        "--say", metavar="TEXT", help="score this as the answer to everything, without a model; "
+        "{question} in it stands for what was asked",
+    )  # fmt: skip
     add("--samples", type=int, default=1, metavar="N", help="answers to each prompt (default: 1)")
     add("--seed", type=int, default=0, help="the same seed gives the same answers (default: 0)")
     add("--category", action="append", choices=CATEGORIES, help="only this one; repeatable")
@@ -365,6 +408,13 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise UserError(f"--temp must be from 0 to {HIGHEST_TEMPERATURE}, got {arguments.temp:g}")
     if arguments.samples < 1:
         raise UserError(f"--samples must be at least 1, got {arguments.samples}")
+    with_model = {
+        "--checkpoint": arguments.checkpoint, "--temp": arguments.temp,
+        "--system": arguments.system, "--samples": arguments.samples > 1 or None,
+    }  # fmt: skip
+    given = [name for name, value in with_model.items() if value is not None]
+    if arguments.say is not None and given:
+        raise UserError(f"--say asks no model: leave {' and '.join(given)} away")
     if arguments.json and (arguments.json.is_dir() or not arguments.json.name):
         raise UserError(f"--json {arguments.json}: is a folder; name a file")
 
@@ -374,29 +424,21 @@ def main() -> int:
     check_arguments(arguments)
     console = Console(markup=False, highlight=False, soft_wrap=True)
     prompts = checked(chosen_prompts(arguments), training_files(arguments))
-    speaker = open_speaker(arguments.recipe, arguments.checkpoint, arguments.device)
-    sampling = chosen_sampling(speaker, arguments)
-    system = speaker.system if arguments.system is None else arguments.system
-    console.print(f"{speaker}\n{prompts.about}")
+    answerer = model_answers(arguments) if arguments.say is None else same_answers(arguments.say)
+    console.print(f"{answerer.title}\n{prompts.about}")
     for line in prompts.left_out:
         print(f"left out, {printable(line)}", file=sys.stderr)
     started, results = time.perf_counter(), []
     for prompt, kind in prompts.kept:
-        made = answers(speaker, prompt, sampling, system, arguments.samples)
-        results.append(Result(prompt, kind, made))
+        results.append(Result(prompt, kind, answerer.answers(prompt)))
         if not arguments.quiet:
             console.print(f"\n{transcript(results[-1])}")
     seconds = time.perf_counter() - started
     console.print(table(results))
     count = len(results) * arguments.samples
-    console.print(f"{count} answers in {seconds:.1f} s at temperature {sampling.temperature:g}")
+    console.print(f"{count} answers in {seconds:.1f} s")
     if arguments.json:
-        about = {
-            "checkpoint": str(speaker.path), "stage": speaker.stage, "step": speaker.step,
-            "system": system, "sampling": dataclasses.asdict(sampling),
-            "samples": arguments.samples, "left_out": prompts.left_out,
-        }  # fmt: skip
-        write_json(arguments.json, about, results)
+        write_json(arguments.json, {**answerer.about, "left_out": prompts.left_out}, results)
     return 0
 
 

@@ -207,6 +207,8 @@ class SFTSource(Part):
     repeat: Count  # how often an epoch shows each of them
     min_characters: Count = 1  # of a whole conversation
     max_characters: Count | None = None
+    chained: Whole = 0  # conversations on top, each of several of its single questions
+    chained_turns: Annotated[int, Field(ge=2)] = 10  # of each at most
 
 
 class SFTDataPart(Part):

@@ -339,8 +339,46 @@ def test_rows_have_messages_source_and_repeat(shop: Shop) -> None:
         assert (shop.folder / f"{side}.jsonl").read_bytes().endswith(b"}\n")
 
 
+def test_single_questions_are_chained_on_top(
+    shop: Shop, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    talks = [[system(f"be {i}"), *talk(i)] if i % 2 else talk(i) for i in range(60)]
+    talks.append([*talk(90), *talk(91)])  # of two questions: part of no other
+    shop.add("mine", talks, chained=200, chained_turns=5, repeat=3)
+    shop.run()
+    train = shop.written()["train"]
+    chains = [row["messages"] for row in train if row["source"] == "label of mine, chained"]
+    singles = [row["messages"] for row in train if row["source"] == "label of mine"]
+    assert len(chains) == 200 and len(shop.written()["validation"]) + len(singles) == len(talks)
+    assert {row["repeat"] for row in train if row["messages"] in chains} == {1}
+    starts = [tuple(map(str, m[:-1])) for m in singles if len(m) < 4]
+    turns = Counter()
+    for messages in chains:
+        assert clean(messages) == messages  # one system prompt at most, and in turns
+        begin = next(n for n, m in enumerate(messages) if m["role"] == "assistant")
+        assert tuple(map(str, messages[:begin])) in starts  # as it is trained alone
+        words = [m for m in messages if m["role"] != "system"]
+        pairs = [words[n : n + 2] for n in range(0, len(words), 2)]
+        assert all(any(pair == m[-2:] for m in singles if len(m) < 4) for pair in pairs)
+        assert len(set(map(str, pairs))) == len(pairs)
+        turns[len(pairs)] += 1
+    assert set(turns) == {2, 3, 4, 5} and min(turns.values()) > 20
+    row = next(line for line in capsys.readouterr().out.splitlines() if "chained" in line)
+    assert [cell.strip() for cell in row.split("│")[2:5]] == ["200", "200", "0"]
+
+
+def test_too_few_single_questions_to_chain_are_told(shop: Shop) -> None:
+    shop.add("mine", [talk(i) for i in range(8)], chained=3, chained_turns=9)
+    with pytest.raises(
+        UserError, match=r"'mine': of its \d conversations of one question none can"
+    ):
+        shop.run()
+    assert not (shop.folder / "train.jsonl").exists()
+
+
 def test_the_same_data_gives_the_same_files(shop: Shop) -> None:
-    shop.add("mine", [talk(i) for i in range(200)], at_most=150)
+    shop.add("mine", [talk(i) for i in range(200)], at_most=150, chained=20)
     contents = []
     for _ in range(2):
         shop.run()

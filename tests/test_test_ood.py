@@ -292,7 +292,7 @@ def test_it_asks_everything_and_shows_what_was_said(ask: Ask, model: Workshop) -
     assert out.count("\n   WRONG  ") + out.count("\n   right\n") == len(PROMPTS)
     assert max(len(line) for line in out[out.rindex("paraphrase") :].splitlines()) < 100
     assert "\x1b" not in out
-    assert f"{len(PROMPTS)} answers in " in out and "at temperature 0.7\n" in out
+    assert f"{len(PROMPTS)} answers in " in out and "\ntemperature 0.7\n" in out
 
 
 def test_the_same_seed_gives_the_same_answers_whatever_else_is_asked(
@@ -435,6 +435,7 @@ def test_control_characters_do_not_reach_the_terminal() -> None:
         (["--temp", "nan"], "--temp must be from 0 to 10, got nan"),
         (["--samples", "0"], "--samples must be at least 1, got 0"),
         (["--samples", "2", "--temp", "0"], "--samples: at temperature 0 all answers"),
+        (["--say", "x", "--temp", "1", "--samples", "2"], "leave --temp and --samples away"),
         (["--json", "."], "--json .: is a folder; name a file"),
         (["--json", "micro.yaml/x.json", "--category", "math"], "micro.yaml/x.json: can't be"),
         (["--check-data", "none.jsonl"], "--check-data none.jsonl: no such file"),
@@ -448,6 +449,21 @@ def test_bad_input_is_told_in_one_line(arguments: list[str], problem: str, ask: 
     code, _, error = ask(*arguments)
     assert code == 2
     assert error.startswith("error: ") and problem in error and error.count("\n") == 1
+
+
+def test_one_answer_to_everything_is_scored_without_a_model(
+    ask: Ask, model: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(test_ood, "open_speaker", None)
+    code, out, error = ask("--say", "No. {question}", "--json", "no.json", "--quiet")
+    assert (code, error) == (0, "") and out.startswith("no model: 'No. {question}'")
+    asked = said(model.folder, "no.json")
+    assert asked == {" / ".join(p.ask): [f"No. {p.ask[-1]}"] for p in PROMPTS}
+    ask("--say", "No.", "--json", "no.json")
+    report = json.loads((model.folder / "no.json").read_text(encoding="utf-8"))
+    right = sum(not prompt.fault(Answer("No.")) for prompt in PROMPTS)
+    assert right > 5 and report["right"] == pytest.approx(right / len(PROMPTS))
+    assert report["say"] == "No." and "checkpoint" not in report
 
 
 def test_prompts_of_ones_own_are_asked(ask: Ask, model: Workshop) -> None:
