@@ -2,13 +2,16 @@
 
     python benchmarks/trained_prompts.py --recipe tiny                  # the likeliest answers
     python benchmarks/trained_prompts.py --recipe tiny --temp 0 0.7 --samples 3 --json asked.json
+    python benchmarks/trained_prompts.py --recipe tiny --after 4        # as fifth questions
     python benchmarks/trained_prompts.py --recipe tiny --checkpoint \\
         checkpoints/tiny/sft/best.pt checkpoints/tiny/dpo/best.pt
 
 Asks what the conversations of the prepared training file begin with, each question once, and
-counts by category. Above temperature 0 the rest of the sampling is the recipe's own, and each
-question is asked --samples times. An answer that doesn't end is wrong; it has the recipe's
-max_new_tokens, or as many as what is wanted needs, where that is more. Of the others there are:
+counts by category. With --after N each is asked as a later question: N others, drawn, with the
+answers that training gives to them, stand before it. Above temperature 0 the rest of the sampling
+is the recipe's own, and each question is asked --samples times. An answer that doesn't end is
+wrong; it has the recipe's max_new_tokens, or as many as what is wanted needs, where that is more.
+Of the others there are:
 
 - word for word: it is one of the answers that training gives to this very question;
 - right: that, or, of a sum, its last number is the last number of such an answer;
@@ -160,6 +163,29 @@ def of_categories(questions: Sequence[Question], names: Sequence[str]) -> list[Q
     return [question for question in questions if question.category in names]
 
 
+def after_others(
+    asked: Sequence[Question], questions: Sequence[Question], count: int, seed: int
+) -> list[Question]:
+    """Each with so many other questions before it, answered as in training.
+
+    Raises:
+        UserError: there are too few others.
+    """
+    if len(questions) <= count:
+        raise UserError(f"--after {count}: there are only {len(questions)} questions")
+    rng, found = random.Random(seed), []
+    for one in asked:
+        others = [other for other in rng.sample(questions, count + 1) if other is not one][:count]
+        *system, question = one.messages
+        before = [
+            message
+            for other in others
+            for message in (other.messages[-1], {"role": "assistant", "content": other.wanted[0]})
+        ]
+        found.append(replace(one, messages=[*system, *before, question]))
+    return found
+
+
 # ------------------------------------------------------------------------------- asking
 
 
@@ -306,8 +332,9 @@ def departures(asked: Sequence[Asked]) -> list[Result]:
     """Every answer that isn't word for word, by category."""
     found = []
     for one in sorted(asked, key=lambda one: one.question.group):
-        *system, question = (message["content"] for message in one.question.messages)
-        about = {"category": one.question.group, "system": "".join(system), "question": question}
+        first, question = one.question.messages[0], one.question.messages[-1]["content"]
+        system = first["content"] if first["role"] == "system" else ""
+        about = {"category": one.question.group, "system": system, "question": question}
         for answer, marks in zip(one.answers, one.marks, strict=True):
             if not marks.word_for_word:
                 worth = {"right": marks.right, "of_category": marks.of_category}
@@ -391,6 +418,9 @@ def read_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--count", type=positive, help="so many questions, drawn; default: all")
     parser.add_argument(
+        "--after", type=positive, default=0, metavar="N", help="N other questions before each"
+    )
+    parser.add_argument(
         "--temp", type=float, nargs="+", default=[0.0], help="one temperature or several; default 0"
     )
     parser.add_argument(
@@ -416,6 +446,8 @@ def main() -> int:
         questions = of_categories(questions, arguments.category)
     random.Random(arguments.seed).shuffle(questions)
     asked = questions[: arguments.count]
+    if arguments.after:
+        asked = after_others(asked, questions, arguments.after, arguments.seed)
     print(f"{len(asked):,} of the {len(questions):,} first questions of {path}", flush=True)
     results: list[Result] = []
     for checkpoint in arguments.checkpoint:
@@ -426,7 +458,8 @@ def main() -> int:
             print(describe(len(results), result), flush=True)
     Console(highlight=False).print(table_of(results))
     if arguments.json:
-        about = {"recipe": recipe.name, "trained_on": str(path), "seed": arguments.seed}
+        about = {"recipe": recipe.name, "trained_on": str(path)}
+        about |= {"seed": arguments.seed, "after": arguments.after}
         write_report(arguments.json, {**about, "questions": len(asked), "runs": results})
     return 0
 

@@ -28,6 +28,7 @@ RECIPES = sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml"))
 Place = tuple[Any, ...]
 
 NO_DECAY = {"decay": 0, "decay_type": "linear"}  # what says how a wsd schedule decays
+NOT_CHAINED = {"chained": 0, "chained_turns": 10}
 
 # What was published about the real run, number by number.
 V4: dict[str, Any] = {
@@ -132,7 +133,8 @@ V4: dict[str, Any] = {
             "repeat": 1,
             "min_characters": 200,
             "max_characters": 3_600,
-        },
+        }
+        | NOT_CHAINED,
         {
             "name": "diverse",
             "label": "custom_diverse",
@@ -140,7 +142,8 @@ V4: dict[str, Any] = {
             "repeat": 2,
             "min_characters": 1,
             "max_characters": None,
-        },
+        }
+        | NOT_CHAINED,
         {
             "name": "tech",
             "label": "custom_tech",
@@ -148,7 +151,8 @@ V4: dict[str, Any] = {
             "repeat": 2,
             "min_characters": 1,
             "max_characters": None,
-        },
+        }
+        | NOT_CHAINED,
     ],
     # Stage 5
     "dpo.folder": "checkpoints/dpo",

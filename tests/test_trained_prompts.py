@@ -130,6 +130,28 @@ def test_an_answer_of_several_categories_decides_nothing() -> None:
     assert categories.of_first(chained, "Yes.") == "greetings"
 
 
+def test_others_with_their_answers_may_stand_before_a_question() -> None:
+    questions = [question("facts", f"Q{n}?", f"A{n}.", f"B{n}.") for n in range(9)]
+    questions.append(Question(talk("Q9?", system="be brief"), "facts", ["A9."]))
+    found = trained_prompts.after_others(questions, questions, 3, seed=0)
+    for one, before in zip(found, questions, strict=True):
+        *system, last = before.messages
+        assert one.messages[-1] == last and one.messages[: len(system)] == system
+        assert (one.wanted, one.category) == (before.wanted, "facts")
+        turns = [message["content"] for message in one.messages[len(system) : -1]]
+        assert len(turns) == 6 and len(set(turns)) == 6 and last["content"] not in turns
+        assert all(a == f"A{q[1]}." for q, a in zip(turns[::2], turns[1::2], strict=True))
+        (gone,) = trained_prompts.departures(
+            [Asked(one, [Answer("?")], [Marks(False, False, None)])]
+        )
+        assert gone["system"] == "".join(m["content"] for m in system)
+        assert gone["question"] == last["content"]
+    assert found == trained_prompts.after_others(questions, questions, 3, seed=0)
+    assert found != trained_prompts.after_others(questions, questions, 3, seed=1)
+    with pytest.raises(UserError, match="--after 10: there are only 10 questions"):
+        trained_prompts.after_others(questions, questions, 10, seed=0)
+
+
 # ------------------------------------------------------------------------------- what is right
 
 
