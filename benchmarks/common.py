@@ -257,10 +257,14 @@ def more_than_zero(text: str) -> float:
 
 
 def file_to_write(text: str) -> Path:
-    """A path that isn't a folder's, for argparse: seen before the measuring, not after it."""
+    """The path that --json names, for argparse.
+
+    Raises:
+        UserError: it is a folder's, which should be told before the measuring and not after it.
+    """
     path = Path(text)
     if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{path} is a folder: name a file")
+        raise UserError(f"--json {path} is a folder: name a file")
     return path
 
 

@@ -39,6 +39,7 @@ from common import (
     keep,
     median_ratio,
     narrow_table,
+    optional,
     positive,
     read_recipe,
     seconds_of,
@@ -199,26 +200,26 @@ def measure(
     return passes
 
 
-def as_table(found: dict[str, Side], passes: list[float], title: str) -> Table:
+def as_table(sides: dict[str, dict[str, Any]], title: str) -> Table:
+    """The table of `figures`' sides, the fastest first."""
     headings = ("", "tokens/s", "lowest", "highest", "x HF", "x llama", "GB/s", "first", "x pass")
     table = narrow_table(title, headings)
-    peer, llama = found[PEER].rates, found.get("llama.cpp f32")
-    for name, side in sorted(found.items(), key=lambda pair: -median(pair[1].rates)):
-        rate = median(side.rates)
+    for name, side in sorted(sides.items(), key=lambda pair: -pair[1]["tokens_per_second"]):
+        rate, rounds = side["tokens_per_second"], side["rounds"]
         table.add_row(
             name,
-            *(f"{value:.1f}" for value in (rate, min(side.rates), max(side.rates))),
-            f"{median_ratio(side.rates, peer):.2f}",
-            f"{median_ratio(side.rates, llama.rates):.2f}" if llama else "-",
-            f"{rate * side.bytes_per_token / 1e9:.0f}",
-            f"{1000 * median(side.first):.0f} ms",
-            f"{median_ratio(side.first, passes):.2f}",
+            *(f"{value:.1f}" for value in (rate, min(rounds), max(rounds))),
+            f"{side['of_generate']:.2f}",
+            optional(side["of_llama_cpp_f32"], ".2f"),
+            f"{rate * side['bytes_per_token'] / 1e9:.0f}",
+            f"{1000 * median(side['first_token_seconds']):.0f} ms",
+            f"{side['first_token_of_a_pass']:.2f}",
         )
     return table
 
 
 def figures(found: dict[str, Side], passes: list[float]) -> dict[str, Any]:
-    """What the table shows, and every round: tokens/s, and seconds until the first token."""
+    """Speeds and ratios of every side, and its rounds: tokens/s, seconds until the first token."""
     llama = found.get("llama.cpp f32")
     sides = {
         name: {
@@ -295,9 +296,9 @@ def main() -> int:
         f"{config.num_parameters():,} parameters, {device} ({threads} threads), torch "
         f"{torch.__version__}\n{new} tokens after {prompt_length}, {arguments.rounds} rounds"
     )
-    Console(width=100).print(as_table(found, passes, title))
-    print(f"one forward pass over the prompt: {1000 * median(passes):.0f} ms")
     result = figures(found, passes)
+    Console(width=100).print(as_table(result["sides"], title))
+    print(f"one forward pass over the prompt: {1000 * median(passes):.0f} ms")
     if device.type == "cpu":
         alone = products_alone_seconds(recipe)
         print(f"the products alone, fp32: {1000 * alone:.1f} ms, {1 / alone:.1f} tokens/s")

@@ -318,33 +318,33 @@ def run_by_turns(loops: list[Callable[[], Any]], turns: Turns) -> None:
         raise turns.error
 
 
-def result_table(recipe: Recipe, turns: Turns, losses: list[list[float]]) -> Table:
-    pairs = turns.steps * recipe.dpo.pairs_per_step
+def result_table(recipe: Recipe, sides: dict[str, dict[str, Any]]) -> Table:
+    """The table of `figures`."""
+    ours = sides[NAMES[0]]["losses"]
     parameters = recipe.model.config().num_parameters()
     table = Table(
         title=f"Pairs a second, {parameters / 1e6:.1f}M parameters",
-        caption=f"our loss: {losses[0][0]:.4f} at the first step, {losses[0][-1]:.4f} at the last",
+        caption=f"our loss: {ours[0]:.4f} at the first step, {ours[-1]:.4f} at the last",
     )
     for heading in ("", "median", "lowest", "highest", "ours / it", "loss differs by"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    ours = turns.seconds[0][1:]  # the first turn warmed up
-    for name, seconds, curve in zip(NAMES, turns.seconds, losses, strict=True):
-        speeds = sorted(pairs / second for second in seconds[1:])
-        ratio = median(b / a for a, b in zip(ours, seconds[1:], strict=True))
-        off = max(abs(a - b) for a, b in zip(losses[0], curve, strict=True))
-        figures = [f"{median(speeds):.2f}", f"{speeds[0]:.2f}", f"{speeds[-1]:.2f}"]
-        beside = ["", ""] if curve is losses[0] else [f"{ratio:.2f}", f"{off:.1e}"]
-        table.add_row(name, *figures, *beside)
+    for name, side in sides.items():
+        rounds, off = side["rounds"], side["loss_differs_by"]
+        speeds = (side["pairs_per_second"], min(rounds), max(rounds))
+        beside = [f"{side['ours_over_this']:.2f}", f"{off:.1e}"] if name != NAMES[0] else ["", ""]
+        table.add_row(name, *(f"{speed:.2f}" for speed in speeds), *beside)
     return table
 
 
 def figures(recipe: Recipe, turns: Turns, losses: list[list[float]]) -> dict[str, Any]:
-    """What the table shows, and every round: pairs a second, and all losses."""
-    pairs, ours = turns.steps * recipe.dpo.pairs_per_step, turns.seconds[0][1:]
+    """Speed, ratio and losses of every side, and its rounds, in pairs a second."""
+    pairs = turns.steps * recipe.dpo.pairs_per_step
+    ours = turns.seconds[0][1:]  # the first turn warmed up
     return {
         name: {
             "pairs_per_second": median(pairs / second for second in seconds[1:]),
             "ours_over_this": median(b / a for a, b in zip(ours, seconds[1:], strict=True)),
+            "loss_differs_by": max(abs(a - b) for a, b in zip(losses[0], curve, strict=True)),
             "rounds": [pairs / second for second in seconds[1:]],
             "losses": curve,
         }
@@ -383,8 +383,9 @@ def main() -> int:
         ]
         loops.insert(0, our_loop(recipe, model, tokenizer, turns, losses[0]))
         run_by_turns(loops, turns)
-        Console().print(result_table(recipe, turns, losses))
-    keep(arguments, {"sides": figures(recipe, turns, losses)})
+        sides = figures(recipe, turns, losses)
+        Console().print(result_table(recipe, sides))
+    keep(arguments, {"sides": sides})
     return 0
 
 

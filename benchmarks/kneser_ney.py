@@ -44,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from common import narrow_table, positive
+from common import add_json_option, narrow_table, positive
 from data_loader import open_mix
 from rich.console import Console
 
@@ -503,10 +503,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--sources", metavar="A,B", help="held-out text of these (default: the base stage's)")
     add("--bytes-per-source", type=positive, default=100_000, metavar="N",
         help="so much held-out text of each (default: 100000)")  # fmt: skip
-    add("--json", type=Path, metavar="FILE", help="write all of it there")
+    add_json_option(parser)
     arguments = parser.parse_args()
-    if arguments.json is not None and arguments.json.is_dir():
-        raise UserError(f"--json {arguments.json} is a folder: name a file")
     return arguments
 
 

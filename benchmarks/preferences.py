@@ -28,7 +28,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from common import add_recipe_options, narrow_table, read_recipe
+from common import add_json_option, add_recipe_options, narrow_table, read_recipe
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -165,7 +165,7 @@ def read_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint", type=Path, metavar="FILE", help="default: the recipe's last of stage dpo")
     add("--reference", type=Path, metavar="FILE", help="what it began as; default: sft's best")
-    add("--json", type=Path, metavar="FILE", help="write all of it there")
+    add_json_option(parser)
     return parser.parse_args()
 
 

@@ -212,21 +212,21 @@ def train(step: Stepper, batches: Sequence[MicroBatch]) -> None:
 # ------------------------------------------------------------------------------- the table
 
 
-def table_of(speeds: dict[str, Speeds], losses: dict[str, float], title: str) -> Table:
+def table_of(ways: dict[str, dict[str, Any]], title: str) -> Table:
+    """The table of `figures`."""
     headings = (
         "rows", "useful\ntokens/s", "lowest", "highest", "labelled\ntokens/s",
         "packed to\nthis, times", "loss",
     )  # fmt: skip
     table = narrow_table(title, headings)
-    for way, speed in speeds.items():
-        ratio = median_ratio(speeds["packed"].useful, speed.useful)
-        labelled = spread(speed.labelled)[0]
-        table.add_row(way, *spread(speed.useful), labelled, f"{ratio:.2f}", f"{losses[way]:.6f}")
+    for way, found in ways.items():
+        labelled, ratio = spread(found["rounds_labelled"])[0], f"{found['packed_over_this']:.2f}"
+        table.add_row(way, *spread(found["rounds"]), labelled, ratio, f"{found['loss']:.6f}")
     return table
 
 
 def figures(speeds: dict[str, Speeds], losses: dict[str, float]) -> dict[str, Any]:
-    """What the table shows, and every round, in tokens/s."""
+    """Speed, ratio and loss of every way, and its rounds, in tokens/s."""
     return {
         way: {
             "useful_tokens_per_second": median(speed.useful),
@@ -289,11 +289,12 @@ def main() -> int:
     losses = losses_by_way(steppers["packed"].model, parts[0], recipe, device)
     length = mean(len(example) for part in parts for row in part for example in row)
     title = f"Rows of {room}, {precision}, conversations of {length:.0f} tokens on average"
-    Console().print(table_of(speeds, losses, title))
+    ways = figures(speeds, losses)
+    Console().print(table_of(ways, title))
     worst = max(losses.values()) - min(losses.values())
     same = worst <= LOSS_TOLERANCE
     print(f"same loss: {'yes' if same else 'NO'}, {worst:.1e} apart (at most {LOSS_TOLERANCE:g})")
-    keep(arguments, {"tokens_a_conversation": length, "ways": figures(speeds, losses)})
+    keep(arguments, {"tokens_a_conversation": length, "ways": ways})
     return 0 if same else 1
 
 

@@ -44,7 +44,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import add_recipe_options, narrow_table, positive, read_recipe
+from common import add_json_option, add_recipe_options, narrow_table, positive, read_recipe
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -427,7 +427,7 @@ def read_arguments() -> argparse.Namespace:
         "--samples", type=positive, default=1, help="answers a question, above temperature 0"
     )
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn; default 0")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it there")
+    add_json_option(parser)
     arguments = parser.parse_args()
     for temperature in arguments.temp:
         if not 0 <= temperature <= HIGHEST_TEMPERATURE:
