@@ -247,16 +247,17 @@ def model_answers(arguments: argparse.Namespace) -> Answerer:
     Raises:
         UserError: there is none, or a sampling that can't be.
     """
-    speaker = open_speaker(arguments.recipe, arguments.checkpoint, arguments.device)
+    speaker = open_speaker(arguments.recipe, arguments.checkpoint, arguments.device or "auto")
     sampling = chosen_sampling(speaker, arguments)
     system = speaker.system if arguments.system is None else arguments.system
+    samples = arguments.samples or 1
     about = {
         "checkpoint": str(speaker.path), "stage": speaker.stage, "step": speaker.step,
-        "system": system, "sampling": dataclasses.asdict(sampling), "samples": arguments.samples,
+        "system": system, "sampling": dataclasses.asdict(sampling), "samples": samples,
     }  # fmt: skip
 
     def ask(prompt: Prompt) -> list[Answer]:
-        return answers(speaker, prompt, sampling, system, arguments.samples)
+        return answers(speaker, prompt, sampling, system, samples)
 
     return Answerer(f"{speaker}\ntemperature {sampling.temperature:g}", about, ask)
 
@@ -350,15 +351,15 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--recipe", default="v4", help="name in recipes/, or path (default: v4)")
     add("--checkpoint", type=Path, metavar="FILE", help="ask this checkpoint")
-    add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
+    add("--device", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
     add("--temp", type=float, help="temperature; 0 always takes the likeliest word")
     add("--system", metavar="TEXT", help="system prompt; '' for none")
     add(
         "--say", metavar="TEXT", help="score this as the answer to everything, without a model; "
         "{question} in it stands for what was asked",
     )  # fmt: skip
-    add("--samples", type=int, default=1, metavar="N", help="answers to each prompt (default: 1)")
-    add("--seed", type=int, default=0, help="the same seed gives the same answers (default: 0)")
+    add("--samples", type=int, metavar="N", help="answers to each prompt (default: 1)")
+    add("--seed", type=int, help="the same seed gives the same answers (default: 0)")
     add("--category", action="append", choices=CATEGORIES, help="only this one; repeatable")
     add("--prompts", type=Path, default=PROMPTS, metavar="FILE", help="ask other prompts")
     add(
@@ -394,10 +395,10 @@ def training_files(arguments: argparse.Namespace) -> list[Path]:
 
 def chosen_sampling(speaker: Speaker, arguments: argparse.Namespace) -> Sampling:
     """The checkpoint's, with what the arguments change."""
-    sampling = dataclasses.replace(speaker.sampling, seed=arguments.seed)
+    sampling = dataclasses.replace(speaker.sampling, seed=arguments.seed or 0)
     if arguments.temp is not None:
         sampling = dataclasses.replace(sampling, temperature=arguments.temp)
-    if arguments.samples > 1 and sampling.temperature == 0:
+    if (arguments.samples or 1) > 1 and sampling.temperature == 0:
         raise UserError("--samples: at temperature 0 all answers to a prompt are alike; ask for 1")
     return sampling
 
@@ -406,13 +407,10 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     """Raises UserError for what would otherwise come out after minutes."""
     if arguments.temp is not None and not 0 <= arguments.temp <= HIGHEST_TEMPERATURE:
         raise UserError(f"--temp must be from 0 to {HIGHEST_TEMPERATURE}, got {arguments.temp:g}")
-    if arguments.samples < 1:
+    if arguments.samples is not None and arguments.samples < 1:
         raise UserError(f"--samples must be at least 1, got {arguments.samples}")
-    with_model = {
-        "--checkpoint": arguments.checkpoint, "--temp": arguments.temp,
-        "--system": arguments.system, "--samples": arguments.samples > 1 or None,
-    }  # fmt: skip
-    given = [name for name, value in with_model.items() if value is not None]
+    with_model = ("checkpoint", "device", "temp", "system", "samples", "seed")
+    given = [f"--{name}" for name in with_model if getattr(arguments, name) is not None]
     if arguments.say is not None and given:
         raise UserError(f"--say asks no model: leave {' and '.join(given)} away")
     if arguments.json and (arguments.json.is_dir() or not arguments.json.name):
@@ -435,7 +433,7 @@ def main() -> int:
             console.print(f"\n{transcript(results[-1])}")
     seconds = time.perf_counter() - started
     console.print(table(results))
-    count = len(results) * arguments.samples
+    count = sum(len(result.answers) for result in results)
     console.print(f"{count} answers in {seconds:.1f} s")
     if arguments.json:
         write_json(arguments.json, {**answerer.about, "left_out": prompts.left_out}, results)

@@ -254,7 +254,8 @@ def ask(
     monkeypatch.setenv("COLUMNS", "80")
 
     def ask(*arguments: str) -> tuple[int, str, str]:
-        given = ["test_ood.py", "--recipe", str(model.recipe), "--device", "cpu", *arguments]
+        device = [] if "--say" in arguments else ["--device", "cpu"]
+        given = ["test_ood.py", "--recipe", str(model.recipe), *device, *arguments]
         monkeypatch.setattr(sys, "argv", given)
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
@@ -436,6 +437,7 @@ def test_control_characters_do_not_reach_the_terminal() -> None:
         (["--samples", "0"], "--samples must be at least 1, got 0"),
         (["--samples", "2", "--temp", "0"], "--samples: at temperature 0 all answers"),
         (["--say", "x", "--temp", "1", "--samples", "2"], "leave --temp and --samples away"),
+        (["--say", "x", "--seed", "0", "--device", "cpu"], "leave --device and --seed away"),
         (["--json", "."], "--json .: is a folder; name a file"),
         (["--json", "micro.yaml/x.json", "--category", "math"], "micro.yaml/x.json: can't be"),
         (["--check-data", "none.jsonl"], "--check-data none.jsonl: no such file"),
