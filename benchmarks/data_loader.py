@@ -30,9 +30,9 @@ from hamner.batches import MixedBatches
 from hamner.errors import run
 from hamner.prefetching import Prefetched
 from hamner.recipe import Recipe, load_recipe
-from hamner.sources import Document, open_stream
+from hamner.sources import open_stream
 from hamner.stage import open_tokenizer, open_tokens
-from hamner.tokenization import Tokenizer
+from hamner.tokenization import Message, Tokenizer
 
 DOCUMENTS_TOGETHER = 1_000  # what the bare tokenizer gets at once; more is no faster
 
@@ -57,7 +57,7 @@ class Counting(Tokenizer):
 
     tokens = 0
 
-    def documents(self, documents: Sequence[Document]) -> list[list[int]]:
+    def documents(self, documents: Sequence[str | Sequence[Message]]) -> list[list[int]]:
         found = super().documents(documents)
         self.tokens += sum(map(len, found))
         return found

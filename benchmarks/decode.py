@@ -124,11 +124,11 @@ def sides(
         fast = new_model(recipe, device)
         speed_up(fast)
         found[OURS] = Side(lambda: Decoding(fast, [prompt], greedy), size)
-        for weights, share in (("fp16", 2), ("int8", 4)):
+        for weights, part in (("fp16", 2), ("int8", 4)):
             rounded = new_model(recipe, device)
             speed_up(rounded, weights)
             answer = partial(Decoding, rounded, [prompt], greedy)
-            found[f"{OURS}, {weights}"] = Side(answer, size // share)
+            found[f"{OURS}, {weights}"] = Side(answer, size // part)
     else:
         found[OURS] = found.pop("ours, torch's products")
     found[PEER] = PeerSide(hugging_face(plain, prompt, new), size)

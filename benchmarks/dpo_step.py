@@ -37,7 +37,7 @@ from datasets import Dataset, disable_progress_bars
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer as HFTokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
@@ -172,7 +172,7 @@ def our_loop(
     per_step = recipe.dpo.pairs_per_step // recipe.dpo.micro_batch
     sums: list[Tensor] = []
 
-    def timed(model: Transformer, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def timed(model: nn.Module, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         if not model.training:
             return loss_of(model, batch)
         if len(sums) % per_step == 0:

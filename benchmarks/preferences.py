@@ -180,11 +180,11 @@ def main() -> int:
     if tokenizer.to_json() != checkpoints.load_tokenizer(reference).to_json():
         raise UserError(f"{path} and {reference_path} have different tokenizers: they are no pair")
     pairs, kinds, left_out = read_held_out(recipe, tokenizer)
-    scores = [
+    trained, before = (
         log_probabilities(checkpoint, where, pairs, recipe, device)
         for checkpoint, where in ((policy, path), (reference, reference_path))
-    ]
-    results = by_kind(kinds, judge(pairs, *scores, recipe.dpo.beta))
+    )
+    results = by_kind(kinds, judge(pairs, trained, before, recipe.dpo.beta))
     print(f"{path} against {reference_path}: {len(pairs):,} pairs, {left_out:,} left out")
     Console(width=None if sys.stdout.isatty() else 100, highlight=False).print(table_of(results))
     if arguments.json:

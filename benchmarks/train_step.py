@@ -144,7 +144,7 @@ class Comparison:
 # ------------------------------------------------------------------------------- variants
 
 
-def our_model(job: Job) -> nn.Module:
+def our_model(job: Job) -> Transformer:
     torch.manual_seed(0)
     model = Transformer(job.config)
     if job.checkpointing:
@@ -172,6 +172,7 @@ def compiled(name: str, model: nn.Module) -> Callable[..., Any]:
     if name == "hf-compiled":
         return torch.compile(model)
     if name == "ours-compiled":
+        assert isinstance(model, Transformer)
         compile_blocks(model)
     return model
 
