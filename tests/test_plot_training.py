@@ -215,6 +215,13 @@ def test_spikes_stay_in_the_band_and_do_not_set_the_scale(copied: Path) -> None:
     assert max(path.vertices[:, 1].max() for path in band.get_paths()) > 1e5
 
 
+def keys(axes: Axes) -> list[str]:
+    """What the legend tells."""
+    legend = axes.get_legend()
+    assert legend is not None
+    return [text.get_text() for text in legend.get_texts()]
+
+
 def test_rows_without_a_finite_loss_leave_a_gap_and_a_cross(copied: Path) -> None:
     changed_losses(lambda number, loss: "nan" if 100 <= number < 140 else loss)
     figure = drawn("loss")
@@ -223,6 +230,24 @@ def test_rows_without_a_finite_loss_leave_a_gap_and_a_cross(copied: Path) -> Non
     (crosses,) = (line for line in axes.lines if line.get_marker() == "x")
     steps = np.asarray(crosses.get_xdata())
     assert 4_500 < steps.min() < steps.max() < 8_000
+    assert "no finite loss" in keys(axes) and "loss jumped up" not in keys(axes)
+
+
+def test_a_spike_gets_a_triangle_that_the_key_tells(copied: Path) -> None:
+    assert "loss jumped up" not in keys(panel(drawn("loss"), "Loss by step"))
+    header, *rows = BASE.read_text(encoding="utf-8").splitlines()
+    place = header.split(",").index("spikes")
+    for number, row in enumerate(rows):
+        cells = row.split(",")
+        if len(cells) > place:  # one is torn off
+            cells[place] = str(int(number >= 100))
+        rows[number] = ",".join(cells)
+    BASE.write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
+    axes = panel(drawn("loss"), "Loss by step")
+    assert keys(axes).count("loss jumped up") == 1
+    triangles = [line.get_xdata() for line in axes.lines if line.get_marker() == "v"]
+    (step,) = (step for steps in triangles for step in steps)  # type: ignore[union-attr]
+    assert step == int(rows[100].split(",")[header.split(",").index("step")])
 
 
 def test_a_missing_column_is_said_and_the_rest_is_drawn(copied: Path) -> None:

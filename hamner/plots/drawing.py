@@ -201,9 +201,11 @@ def fit_y(axes: Axes, heights: Iterable[float], share: float = 1.0, room: float 
 
 
 def legend(axes: Axes) -> None:
-    if axes.get_legend_handles_labels()[0]:
+    if entries := len(axes.get_legend_handles_labels()[0]):
         look = {"frameon": True, "facecolor": "white", "framealpha": 0.8, "edgecolor": "none"}
-        axes.legend(loc="best", handlelength=1.4, **look)  # readable where a line runs behind it
+        columns = 1 if entries <= 6 else 2  # a tall one finds no place beside the lines
+        # Readable where a line runs behind it.
+        axes.legend(loc="best", ncols=columns, columnspacing=1.0, handlelength=1.4, **look)
 
 
 def validation_key(axes: Axes) -> None:
@@ -216,9 +218,13 @@ def mark_trouble(axes: Axes, metrics: Metrics) -> None:
     loss, spikes = metrics.series("loss"), metrics.series("spikes").finite()
     broken = loss.x[np.isnan(loss.y)]
     jumped = spikes.x[np.diff(spikes.y, prepend=0) > 0]
-    for places, marker, height in ((broken, "x", 0.02), (jumped, "v", 0.98)):
+    told = axes.get_legend_handles_labels()[1]  # once, though several stages have some
+    for places, marker, height, label in (
+        (broken, "x", 0.02, "no finite loss"), (jumped, "v", 0.98, "loss jumped up"),
+    ):  # fmt: skip
         seen = binned(Series(places, places), ENVELOPE_POINTS, log=True).x
         axes.plot(
             seen, np.full(len(seen), height), marker, color="#b00020", ms=6,
             transform=axes.get_xaxis_transform(), clip_on=False,
+            label=label if len(seen) and label not in told else None,
         )  # fmt: skip
