@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shutil
@@ -20,6 +21,7 @@ from run_tables import RUN
 from hamner.errors import UserError
 
 README, RESULTS = "README.md", "docs/RESULTS.md"
+OF_THE_MACHINE = {"timestamp", "tokens_per_sec", "mfu", "data_wait", "elapsed_hours"}  # columns
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in (README, RESULTS)}
 
 
@@ -68,3 +70,18 @@ def test_a_page_tells_what_is_right_of_the_never_trained() -> None:
 def test_without_the_files_it_says_which_is_missing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"evaluation\.json: can't be read"):
         run_tables.text_table(tmp_path)
+
+
+@pytest.mark.parametrize("stage", ["base", "anneal", "chat"])
+def test_two_runs_of_one_recipe_logged_the_same(stage: str) -> None:
+    """docs/runs/small/README.md says so: all but the times, on two machines of one kind."""
+    first, second = (
+        list(csv.DictReader((folder / f"{stage}_metrics.csv").open(encoding="utf-8")))
+        for folder in (RUN.with_name("small_single"), RUN)
+    )
+    assert len(first) >= 35 and first[0]["timestamp"] != second[0]["timestamp"]
+    for rows in (first, second):
+        for row in rows:
+            for column in OF_THE_MACHINE:
+                del row[column]
+    assert first == second and {"loss", "grad_norm", "val_loss"} <= first[0].keys()
