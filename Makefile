@@ -24,7 +24,7 @@ lint: .venv/dev            ## style, formatting, types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(PY) -m mypy benchmarks/*.py
+	$(PY) -m mypy benchmarks/*.py  # apart: they import common.py from beside themselves
 
 bench: .venv/dev           ## speed beside peers, on a CPU, with data made here
 	$(PY) generate_sft_v3.py --plain --out data/tiny/conversations.jsonl --pairs data/tiny/pairs.jsonl
